@@ -28,4 +28,5 @@ d = { 'settings': { 'branch': 'main',
                                  'simplellm.mxfp4.fp4_pairs': ('mxfp4.html#fp4_pairs', 'simplellm/mxfp4.py'),
                                  'simplellm.mxfp4.quantize_mxfp4': ('mxfp4.html#quantize_mxfp4', 'simplellm/mxfp4.py'),
                                  'simplellm.mxfp4.scale_bytes': ('mxfp4.html#scale_bytes', 'simplellm/mxfp4.py'),
-                                 'simplellm.mxfp4.scale_values': ('mxfp4.html#scale_values', 'simplellm/mxfp4.py')}}}
+                                 'simplellm.mxfp4.scale_values': ('mxfp4.html#scale_values', 'simplellm/mxfp4.py')},
+            'simplellm.norm': {'simplellm.norm.rms_norm': ('norm.html#rms_norm', 'simplellm/norm.py')}}}
