@@ -31,7 +31,7 @@ class Transformer:
         self.device, self.dtype = self.table.device, self.table.dtype
         self.ops = ops or choose_ops(self.device, self.dtype)
         self.attn, self.moe = ([take(cls, weights, f"layers.{i}.") for i in range(config.num_layers)] for cls in (AttentionWeights, MoeWeights))
-        self.final_norm, self.lm_head = weights["final_norm"], weights["lm_head"]
+        self.final_norm, self.lm_head = weights["final_norm"], weights["embed" if config.tie_embeddings else "lm_head"]
         self.rope = rope_table(config.rope, config.head_dim, config.max_position, self.device)
         self.activation, self.group = activation_of(config), config.num_heads // config.num_kv_heads
         self.sum = all_reduce or sum_over(shard)
