@@ -165,6 +165,7 @@ class Checkpoint:
         single = (self.path/SINGLE).is_file()
         require(single or (self.path/INDEX).is_file(), self.path, f"expected {SINGLE} or {INDEX} in this folder")
         self.entries = read_header(self.path/SINGLE) if single else read_shards(self.path)
+        self.listing = self.path/(SINGLE if single else INDEX) # the file that says which tensors there are
 
     @property
     def names(self)->list[str]: return list(self.entries)
