@@ -20,62 +20,58 @@ FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2
 
 # %% ../nbs/04_mxfp4.ipynb #afe24d06
 class MXFP4(NamedTuple):
-    "A weight in four bits: `[..., K]` numbers as `[..., K/32, 16]` bytes and `[..., K/32]` scale bytes"
-    blocks: torch.Tensor # uint8, two codes per byte, the even element in the low half
-    scales: torch.Tensor # uint8, 2^(byte - 127)
+    "A weight of shape [..., K] in four bits"
+    blocks: torch.Tensor # [..., K/32, 16] uint8, two codes per byte, the even element in the low half
+    scales: torch.Tensor # [..., K/32] uint8, each stands for 2^(byte - 127)
 
-# %% ../nbs/04_mxfp4.ipynb #b20a3233
+# %% ../nbs/04_mxfp4.ipynb #f87a18da
 @cache
-def fp4_pairs(device, dtype=torch.float32)->torch.Tensor:
-    "`[256, 2]`: the two numbers in each byte, low half first"
+def fp4_pairs(device, dtype=torch.float32)->torch.Tensor: # [256, 2]
+    "The two numbers in each byte, low half first"
     values = torch.tensor(FP4_VALUES, dtype=dtype, device=device)
     byte = torch.arange(256, device=device)
     return torch.stack([values[byte & 15], values[byte >> 4]], -1)
 
-# %% ../nbs/04_mxfp4.ipynb #f87a18da
+# %% ../nbs/04_mxfp4.ipynb #f4056594
 @cache
-def scale_values(device, dtype=torch.float32)->torch.Tensor:
-    "`[256]`: the power of two that each scale byte stands for; 255 is NaN"
+def scale_values(device, dtype=torch.float32)->torch.Tensor: # [256]
+    "The power of two that each scale byte stands for; 255 is NaN"
     return torch.tensor([math.ldexp(1.0, byte - 127) for byte in range(255)] + [math.nan], dtype=dtype, device=device)
 
-# %% ../nbs/04_mxfp4.ipynb #1d7519a8
-def dequantize_mxfp4(
-    blocks:torch.Tensor, # [..., groups, 16] uint8
-    scales:torch.Tensor, # [..., groups] uint8
-    dtype=torch.float32, # of the result
-)->torch.Tensor: # [..., groups * 32]
+# %% ../nbs/04_mxfp4.ipynb #bf126aa9
+def dequantize_mxfp4(blocks:torch.Tensor, # [..., groups, 16] uint8
+                     scales:torch.Tensor, # [..., groups] uint8, none 255
+                     dtype:torch.dtype=torch.float32 # of the result
+                    )->torch.Tensor: # [..., groups * 32]
     "The numbers that `blocks` and `scales` stand for"
     wide = torch.promote_types(dtype, torch.float32)
     values = F.embedding(blocks.int(), fp4_pairs(blocks.device, wide)).flatten(-2)  # [..., groups, 32]
     scale = scale_values(scales.device, wide)[scales.int()]
     return (values * scale[..., None]).flatten(-2).to(dtype)
 
-# %% ../nbs/04_mxfp4.ipynb #f4056594
-def fp4_codes(
-    x:torch.Tensor, # already divided by its scale
-)->torch.Tensor: # uint8, 0..15
-    "The nearest of the sixteen numbers, halfway cases to the even code, too large ones to 6"
+# %% ../nbs/04_mxfp4.ipynb #fcd9ddfa
+def fp4_codes(x:torch.Tensor # weights already divided by their scale
+             )->torch.Tensor: # uint8 0..15, same shape
+    "The nearest of the sixteen numbers; ties go to the even code, and beyond 6 it is 6"
     grid = torch.tensor(FP4_VALUES[:8], dtype=x.dtype, device=x.device)
     midpoints = (grid[1:] + grid[:-1]) / 2
     below, above = (torch.bucketize(x.abs(), midpoints, right=right) for right in (False, True))
     return (torch.where(below % 2 == 0, below, above) | x.signbit() * 8).to(torch.uint8)
 
-# %% ../nbs/04_mxfp4.ipynb #42dc627d
-def scale_bytes(
-    groups:torch.Tensor, # [..., 32] float32
-)->torch.Tensor: # [...] uint8
-    "The OCP rule: the largest of the group lands in [4, 8)"
+# %% ../nbs/04_mxfp4.ipynb #abbf00e8
+def scale_bytes(groups:torch.Tensor # [..., 32] float32
+               )->torch.Tensor: # [...] uint8
+    "The OCP rule: the largest of a group, divided by the scale, lies in [4, 8)"
     exponent = torch.frexp(groups.abs().amax(-1)).exponent - 1
     return (exponent - 2 + 127).clamp(0, 254).to(torch.uint8)
 
-# %% ../nbs/04_mxfp4.ipynb #bf126aa9
-def quantize_mxfp4(
-    w:torch.Tensor, # [..., K], K a multiple of 32
-)->MXFP4:
-    "Round to four bits and one scale per 32 neighbours"
-    if w.shape[-1] % GROUP: raise ValueError(f"quantize_mxfp4: rows of {w.shape[-1]} are no multiple of {GROUP}")
-    if not w.isfinite().all(): raise ValueError("quantize_mxfp4: NaN or infinity among the weights")
-    groups = w.float().unflatten(-1, (-1, GROUP))  # [..., groups, 32]
+# %% ../nbs/04_mxfp4.ipynb #aec0f3d1
+def quantize_mxfp4(w:torch.Tensor # [..., K], K a multiple of 32, finite
+                  )->MXFP4:
+    "Round to four bits each and one scale per 32 neighbours"
+    if w.shape[-1] % GROUP: raise ValueError(f"quantize_mxfp4: rows of {w.shape[-1]}: expected a multiple of {GROUP}")
+    if not w.isfinite().all(): raise ValueError("quantize_mxfp4: expected finite weights, found NaN or infinity")
+    groups = w.float().unflatten(-1, (-1, GROUP))  # [..., K/32, 32]
     scales = scale_bytes(groups)
     codes = fp4_codes(groups / scale_values(w.device)[scales.int()][..., None])
     return MXFP4(codes[..., ::2] | codes[..., 1::2] << 4, scales)

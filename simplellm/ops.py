@@ -34,7 +34,8 @@ def choose_ops(device:str|torch.device, # where the model runs
               )->Ops:
     "The implementation of each operation for this device and type"
     if not dtype.is_floating_point: raise ValueError(f"choose_ops: dtype={dtype}: expected a floating point type")
-    reason = f"reference in PyTorch: no kernel of ours yet for {torch.device(device).type}, {str(dtype).split('.')[-1]}"
+    kind = torch.device(device).type
+    reason = "PyTorch reference: " + ("kernels need a GPU" if kind == "cpu" else f"no kernels for {kind} yet")
     return Ops(why={f.name: reason for f in fields(Ops) if f.name != "why"})
 
 # %% ../nbs/15_ops.ipynb #af88d2a7
