@@ -70,23 +70,23 @@ def grow(r:Request, pool:BlockPool)->bool:
     if need > 0: r.block_table += pool.allocate(need)
     return True
 
-def shared_blocks(r:Request, pool:BlockPool)->list[int]|None:
-    "Blocks that hold the beginning of `r` already; None = its parent is still computing them"
+def shared_blocks(r:Request, pool:BlockPool)->tuple[list[int], int]|None:
+    "Blocks that hold the beginning of `r`, and their prefix number; None = its parent is still computing them"
     parent = r.parent
     if parent is not None and parent.status == "running":
         if parent.num_computed < r.num_prompt: return None
-        if not pool.caching: return parent.block_table[:(r.num_prompt - 1) // pool.block_size]
-    return [] if r.params.prompt_logprobs is not None else pool.match(r.tokens)
+        if not pool.caching: return parent.block_table[:(r.num_prompt - 1) // pool.block_size], 0
+    return ([], 0) if r.params.prompt_logprobs is not None else pool.match(r.tokens)
 
 def take_blocks(r:Request, pool:BlockPool)->bool:
     "Give a waiting request what is cached and blocks for the rest of its tokens, if there are enough"
-    hits = shared_blocks(r, pool)
-    if hits is None: return False
+    found = shared_blocks(r, pool)
+    if found is None: return False
+    hits, r.prefix = found
     need = blocks_for(len(r.tokens), pool.block_size) - len(hits)
     if need > pool.num_free - sum(not pool.refs[b] for b in hits): return False
     pool.share(hits)
-    r.block_table = hits + pool.allocate(need)
-    r.num_computed, r.num_filled, r.prefix, r.watch = len(hits) * pool.block_size, len(hits), pool.prefix_id(hits), 0
+    r.block_table, r.num_computed, r.num_filled = hits + pool.allocate(need), len(hits) * pool.block_size, len(hits)
     return True
 
 # %% ../nbs/24_scheduler.ipynb #c548101f
@@ -152,7 +152,7 @@ class Queues:
     def drop(self, r:Request)->None:
         "Release a request's blocks"
         self.pool.release(r.block_table)
-        r.block_table, r.num_computed, self.steady = [], 0, None
+        r.block_table, r.num_computed, r.watch, self.steady = [], 0, 0, None
 
 # %% ../nbs/24_scheduler.ipynb #ec561caf
 def give(step:Step, r:Request, budget:int)->int:
