@@ -108,9 +108,10 @@ def check_layout(path, # of the file
                  size:int # bytes of data in the file
                 )->None:
     "Refuse tensors that overlap, leave holes, or end elsewhere than the file"
+    for name, e in entries.items():
+        require(e.stop <= size, path, f"data_offsets end at {e.stop}, but the file has {size} bytes of data: truncated?", name)
     at = 0
     for name, e in sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)):
-        require(e.stop <= size, path, f"data_offsets end at {e.stop}, but the file has {size} bytes of data: truncated?", name)
         require(e.start == at, path, f"data_offsets begin at {e.start}, expected {at}: "
                 + ("they overlap" if e.start < at else "there is a hole"), name)
         at = e.stop

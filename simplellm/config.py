@@ -121,6 +121,7 @@ def check_model(c:ModelConfig)->None:
     check(all(w is None or (type(w) is int and w > 0) for w in c.windows), "windows", c.windows,
           "positive integers or None")
     check_numbers(c, "rms_eps", "swiglu_alpha", "swiglu_limit")
+    for n in ("sinks", "qkv_bias", "o_bias", "qk_norm", "tie_embeddings"): check_choice(c, n, (True, False))
     check_choice(c, "activation", ("swiglu", "clamped_swiglu"))
     check_choice(c, "dtype", ("bfloat16", "float16", "float32"))
     check_ids(c)

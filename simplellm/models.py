@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['ATTENTION', 'QKV_BIAS', 'O_BIAS', 'SINKS', 'LM_HEAD', 'GPT_OSS_MLP', 'GPT_OSS_MXFP4', 'GPT_OSS_DENSE', 'FAMILIES',
-           'FIELDS', 'REQUIRED', 'ALIASES', 'ROPE_FIELDS', 'Family', 'Row', 'letters', 'dimension', 'parse_row',
-           'tensor_table', 'find', 'find_family', 'rope_fields', 'read_rope', 'read_windows', 'token_ids', 'read_eos',
-           'read_experts', 'read_dtype', 'config_fields', 'read_config', 'check_tensors', 'check_tensor', 'read_part',
-           'unpack', 'load_weight', 'load_weights', 'tiny_path', 'pick_dtype', 'load_model']
+           'PACKED', 'FIELDS', 'REQUIRED', 'ALIASES', 'ROPE_FIELDS', 'Family', 'Row', 'letters', 'dimension',
+           'parse_row', 'tensor_table', 'find', 'find_family', 'rope_fields', 'read_rope', 'read_windows', 'token_ids',
+           'read_eos', 'read_experts', 'name_of', 'read_dtype', 'config_fields', 'read_config', 'check_tensors',
+           'check_tensor', 'read_part', 'unpack', 'load_weight', 'load_weights', 'tiny_path', 'pick_dtype',
+           'load_model']
 
 # %% ../nbs/21_models.ipynb #24237bf6
+from collections import Counter
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
@@ -75,6 +77,8 @@ FAMILIES = dict( # keys are config.json's "model_type"
                    dict(mxfp4=GPT_OSS_MLP + GPT_OSS_MXFP4, dense=GPT_OSS_MLP + GPT_OSS_DENSE)))
 
 # %% ../nbs/21_models.ipynb #874b23b4
+PACKED = "_blocks", "_scales" # the two halves of an MXFP4 weight
+
 class Row(NamedTuple):
     "One tensor of a checkpoint and where it goes"
     ours:str # key in the dict of weights
@@ -89,7 +93,7 @@ class Row(NamedTuple):
         return (*self.shape[:-2], self.shape[-1], self.shape[-2]) if self.transposed else self.shape
     @property
     def packed(self)->bool: # is it half of an MXFP4 weight?
-        return self.theirs.endswith(("_blocks", "_scales"))
+        return self.theirs.endswith(PACKED)
 
 # %% ../nbs/21_models.ipynb #225e8557
 def letters(c:ModelConfig)->dict[str, int]:
@@ -174,6 +178,7 @@ def rope_fields(d:dict, # the object in config.json
     require(isinstance(r, dict), file, f"rope_scaling {r!r}, expected an object")
     r = {"rope_theta": d.get("rope_theta"), **r}
     r["rope_type"] = r.get("rope_type") or r.pop("type", None) or "default"
+    require(isinstance(r["rope_type"], str), file, f"rope_type {r['rope_type']!r}, expected a name")
     if r.get("partial_rotary_factor") == 1: del r["partial_rotary_factor"]
     return {k: v for k, v in r.items() if v is not None}
 
@@ -199,10 +204,14 @@ def read_windows(d:dict, # the object in config.json
     require(window is not None or "sliding_attention" not in kinds, file, "missing field 'sliding_window'")
     return tuple(window if k == "sliding_attention" else None for k in kinds)
 
-def token_ids(x # from JSON: None, a number or a list
-             )->tuple:
-    "Ids as a tuple"
-    return () if x is None else tuple(x) if isinstance(x, list) else (x,)
+def token_ids(d:dict, # the object in a JSON file
+              file # config.json or generation_config.json
+             )->tuple[int, ...]:
+    "The tokens that one file says end a reply"
+    x = d.get("eos_token_id")
+    ids = x if isinstance(x, list) else [] if x is None else [x]
+    require(all(type(i) is int for i in ids), file, f"eos_token_id {x!r}, expected an id or a list of ids")
+    return tuple(ids)
 
 def read_eos(folder:Path, # of the checkpoint
              d:dict # the object in config.json
@@ -210,7 +219,7 @@ def read_eos(folder:Path, # of the checkpoint
     "The tokens that end a reply, from both files"
     path = folder/"generation_config.json"
     more = read_json(path) if path.is_file() else {}
-    return tuple(dict.fromkeys(token_ids(d.get("eos_token_id")) + token_ids(more.get("eos_token_id"))))
+    return tuple(dict.fromkeys(token_ids(d, folder/"config.json") + token_ids(more, path)))
 
 def read_experts(d:dict, # the object in config.json
                  file # config.json
@@ -222,15 +231,20 @@ def read_experts(d:dict, # the object in config.json
     return "dense" if q is None else "mxfp4"
 
 # %% ../nbs/21_models.ipynb #0975d163
+def name_of(dtype:torch.dtype)->str: # such as "bfloat16"
+    "How configurations spell a type"
+    return str(dtype).removeprefix("torch.")
+
 def read_dtype(d:dict, # the object in config.json
                source # folder or Checkpoint
               )->str:
-    "The type of the dense tensors: config.json's, else the embedding's (gpt-oss does not say)"
+    "The type of the dense tensors: config.json's, else that of most (gpt-oss does not say)"
     stated = find(d, "dtype", "config.json")
     if stated is not None: return stated
     if not isinstance(source, Checkpoint) and not any(Path(source).glob("*.safetensors")): return "bfloat16"
     checkpoint = source if isinstance(source, Checkpoint) else Checkpoint(source)
-    return str(checkpoint.dtype("model.embed_tokens.weight")).removeprefix("torch.")
+    found = Counter(checkpoint.dtype(n) for n in checkpoint.names if not n.endswith(PACKED))
+    return name_of(found.most_common(1)[0][0]) if found else "bfloat16"
 
 def config_fields(d:dict, # the object in config.json
                   source, # folder or Checkpoint
@@ -284,7 +298,7 @@ def check_tensor(checkpoint:Checkpoint,
     file, found = checkpoint.file(name), checkpoint.dtype(name)
     require(checkpoint.shape(name) == shape, file, f"shape {list(checkpoint.shape(name))}, expected {list(shape)} by config.json", name)
     require(found == dtype or (found == torch.float32 and name.endswith("norm.weight") and dtype.is_floating_point), file,
-            f"dtype {found}, expected {dtype}", name)
+            f"dtype {name_of(found)}, expected {name_of(dtype)}, as config.json or most tensors say", name)
 
 # %% ../nbs/21_models.ipynb #bf994191
 def read_part(checkpoint:Checkpoint,
