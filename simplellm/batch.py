@@ -33,7 +33,8 @@ def pad_tables(tables:list, # one block table (list of ints) per row
               )->np.ndarray: # [R, M] int32, padded with 0
     "Block tables as one matrix"
     padded = np.zeros((len(tables), max(int(counts.max()), 1)), np.int32)
-    padded[np.arange(padded.shape[1]) < counts[:, None]] = np.fromiter(chain.from_iterable(tables), np.int32, int(counts.sum()))
+    flat = np.fromiter(chain.from_iterable(tables), np.int32, int(counts.sum()))
+    padded[np.arange(padded.shape[1]) < counts[:, None]] = flat
     return padded
 
 # %% ../nbs/17_batch.ipynb #bee81d90
@@ -55,8 +56,9 @@ def make_batch(rows:list[tuple], # (new token ids, num_computed, block table, "l
     tokens, computed, tables, wants = zip(*rows)
     n, computed = np.fromiter(map(len, tokens), np.int64, len(rows)), np.array(computed, np.int64)
     held, ends = np.fromiter(map(len, tables), np.int64, len(rows)), computed + n
-    if (n < 1).any() or (held * block_size < ends).any(): raise ValueError(
-        f"rows need new tokens and blocks of {block_size} for all of them: new={n.tolist()} end={ends.tolist()} blocks={held.tolist()}")
+    if (n < 1).any() or (held * block_size < ends).any():
+        raise ValueError(f"rows need new tokens and blocks of {block_size} for all of them: "
+                         f"new={n.tolist()} end={ends.tolist()} blocks={held.tolist()}")
     cu = np.concatenate([[0], n.cumsum()])
     padded, row = pad_tables(tables, held), np.arange(len(rows)).repeat(n)
     positions = np.arange(cu[-1]) + (computed - cu[:-1])[row]

@@ -24,7 +24,8 @@ def num_blocks_for(memory:int, # bytes free for the cache
                    block_bytes:int # bytes of one block in all layers
                   )->int: # blocks, at least 1
     "How many blocks fit"
-    if memory < block_bytes: raise ValueError(f"no room for a KV cache: one block takes {block_bytes:,} bytes, {memory:,} are free")
+    if memory < block_bytes:
+        raise ValueError(f"no room for a KV cache: one block takes {block_bytes:,} bytes, {memory:,} are free")
     return memory // block_bytes
 
 def blocks_for(n:int, # tokens to hold
@@ -44,7 +45,7 @@ class KVCache:
                  head_dim:int, # numbers per head
                  dtype=torch.bfloat16, device="cpu"): # of both tensors
         shape = num_layers, num_blocks, block_size, num_kv_heads, head_dim
-        self.k, self.v = torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device)
+        self.k, self.v = (torch.zeros(shape, dtype=dtype, device=device) for _ in "kv")
 
     num_blocks = property(lambda self: self.k.shape[1], doc="Blocks in all")
     block_size = property(lambda self: self.k.shape[2], doc="Tokens per block")
@@ -65,4 +66,5 @@ def make_cache(config:ModelConfig, # of the model
                num_kv_heads:int|None=None # key/value heads on this rank; None = all
               )->KVCache:
     "A cache with a model's shape"
-    return KVCache(config.num_layers, num_blocks, block_size, num_kv_heads or config.num_kv_heads, config.head_dim, dtype, device)
+    heads = num_kv_heads or config.num_kv_heads
+    return KVCache(config.num_layers, num_blocks, block_size, heads, config.head_dim, dtype, device)

@@ -47,7 +47,7 @@ def take(cls:type, # a dataclass of tensors
         ): # an instance of cls
     "A dataclass of tensors, picked by name"
     dotted = lambda field: prefix + field.replace("_weight", ".weight").replace("_bias", ".bias")
-    missing = [dotted(f.name) for f in fields(cls) if "None" not in str(f.type) and dotted(f.name) not in weights]
+    missing = [n for f in fields(cls) if "None" not in str(f.type) and (n := dotted(f.name)) not in weights]
     if missing: raise KeyError(f"weights lack {', '.join(missing)}")
     return cls(**{f.name: weights.get(dotted(f.name)) for f in fields(cls)})
 
@@ -97,7 +97,8 @@ def moe_layer(x:Tensor, # [T, H] normalized
              )->Tensor: # [T, H], to be added to the residual
     "Each token is worked on by its best experts"
     gates, ids = ops.route(ops.linear(x, w.router_weight, w.router_bias), top_k)
-    return all_reduce(ops.moe(x, gates, ids, w.gate_up_proj, w.gate_up_proj_bias, w.down_proj, w.down_proj_bias, activation))
+    experts = w.gate_up_proj, w.gate_up_proj_bias, w.down_proj, w.down_proj_bias
+    return all_reduce(ops.moe(x, gates, ids, *experts, activation))
 
 # %% ../nbs/19_layers.ipynb #e90f18c6
 def embed(ids:Tensor, # [T] token ids
