@@ -303,3 +303,10 @@ def test_memory(write_gpt_oss):
     assert float(out.stdout) < max(sizes) + 8, (out.stdout, sizes)
     assert max(sizes) < sum(sizes)/2
     shutil.rmtree(folder)
+
+def test_empty_tensors(tmp_path):
+    "Tensors without elements take no bytes and overlap nothing"
+    t = dict(a=torch.zeros(0, 3), b=torch.ones(2), c=torch.zeros(2, 0), scalar=torch.tensor(5.0))
+    save_file(t, tmp_path/SINGLE)
+    c = Checkpoint(tmp_path)
+    assert all(torch.equal(c.get(k), x) for k, x in t.items())
