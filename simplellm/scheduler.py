@@ -177,9 +177,13 @@ def make_room(q:Queues)->None:
 
 def plan_running(q:Queues, step:Step, budget:int)->int:
     "Tokens for those who run, oldest first; returns what is left of the budget"
+    need = [len(r.tokens) - r.num_computed for r in q.running]
+    total = sum(need)
+    if total <= budget: # as nearly always
+        step.requests, step.num_new, step.sampling = q.running.copy(), need, q.running.copy()
+        return budget - total
     for r in q.running:
-        if not budget: break
-        budget -= give(step, r, budget)
+        if budget: budget -= give(step, r, budget)
     return budget
 
 def plan_waiting(q:Queues, step:Step, budget:int, max_seqs:int)->None:
@@ -228,19 +232,20 @@ class Scheduler(Queues):
         budget = plan_running(self, step, self.budget)
         if len(self.running) == running and not (self.static and running): # no newcomers when somebody had to go
             plan_waiting(self, step, budget, self.max_seqs)
+        if not step.requests: return None
         if len(step.sampling) == len(step.requests): step.sampling = step.requests
         self.steady = step if len(step.sampling) == len(self.running) == sum(step.num_new) else None
-        return step if step.requests else None
+        return step
 
     def update(self, step:Step, # what `schedule` returned
                ids:list[int] # a new token for each of `step.sampling`
               )->list[Request]: # those that ended
         "Note what a step computed and what was sampled"
-        if len(step.sampling) < len(step.requests): advance(step, self.pool)
+        if step.sampling is not step.requests: advance(step, self.pool)
         events = []
         for r, token in zip(step.sampling, ids):
             tokens = r.tokens
             r.num_computed = n = len(tokens)
             tokens.append(token)
             if n >= r.watch or token in r.stop_ids: events.append(r)
-        return [r for r in events if settle(r, self)]
+        return [r for r in events if settle(r, self)] if events else events
