@@ -10,7 +10,7 @@ __all__ = ['START', 'CHANNEL', 'CONSTRAIN', 'MESSAGE', 'END', 'RETURN', 'CALL', 
            'body_of', 'call_message', 'assistant_messages', 'tool_message', 'read_message', 'read_messages',
            'without_old_analysis', 'render_harmony', 'Header', 'split_header', 'parse_header', 'salvage_header',
            'Delta', 'ParsedMessage', 'HarmonyParser', 'final_text', 'reasoning_text', 'tool_calls', 'compile_template',
-           'render_template', 'hide', 'template_pieces', 'encode_chat', 'is_harmony']
+           'render_template', 'hide', 'mend', 'template_pieces', 'encode_chat', 'is_harmony']
 
 # %% ../nbs/03_chat.ipynb #5506191d
 import codecs, json, re
@@ -225,7 +225,8 @@ def ts_union_property(name:str, schema:dict, indent:str)->str:
     "A property with alternatives"
     about, variants = text_in(schema, "description"), schema["oneOf"]
     above = about is not None and not (variants and text_in(variants[0], "description") == about)
-    out = "".join(f"{indent}// {line}\n" for line in ([about] if above else []) + default_of(schema)) + f"{indent}{name}:\n"
+    notes = ([about] if above else []) + default_of(schema)
+    out = "".join(f"{indent}// {note}\n" for note in notes) + f"{indent}{name}:\n"
     for i, variant in enumerate(variants):
         own = text_in(variant, "description")
         comments = [own] if own not in (None, about) and not (i == 0 and above) else []
@@ -396,11 +397,13 @@ def parse_header(text:str, role:str|None="assistant")->tuple[Header, list[str]]:
     last = words[-1] if words else "to="
     if not last.startswith("to=") and (len(words) > 1 or last.startswith(CONSTRAIN)): kind = words.pop()
     if words: recipient = words.pop().removeprefix("to=")
+    if words: return salvage_header(text, role, True)[0], words
     return Header(role, channel, recipient, kind), words
 
-def salvage_header(text:str, role:str|None="assistant")->tuple[Header, list[str]]: # and the words of the body
-    "A header that was never ended: what is not marked as part of a header was meant as text"
-    role, channel, words = split_header(text, role, False)
+def salvage_header(text:str, role:str|None="assistant", named:bool=False
+                  )->tuple[Header, list[str]]: # and words that belong to no header
+    "The reading of a malformed header: only marked words count, the others were meant as text"
+    role, channel, words = split_header(text, role, named)
     to = [w for w in words if w.startswith("to=")]
     kind = [w for w in words if w.startswith(CONSTRAIN)]
     return (Header(role, channel, to[-1][3:] if to else None, kind[-1] if kind else None),
@@ -575,15 +578,18 @@ def hide(value, names:list[str]):
     for name in names: value = value.replace(name, name[0] + _gap + name[1:])
     return value
 
+def mend(text:str, names:list[str])->str:
+    "Undo `hide`"
+    for name in names: text = text.replace(name[0] + _gap + name[1:], name)
+    return text
+
 def template_pieces(tokenizer:Tokenizer, template:str, messages:list[dict], tools:list[dict]|None=None,
                     **options)->list[str]: # text and `Special` pieces
     "A conversation in the format of a template; what users wrote never is a special token"
     names = sorted(tokenizer.special, key=len, reverse=True)
     text = render_template(template, hide(messages, names), hide(tools, names), **options)
     parts = finder(Added(name, 0) for name in names).split(text) if names else [text]
-    pieces = [Special(part) if i % 2 else part for i, part in enumerate(parts) if part]
-    for name in names: pieces = [p if isinstance(p, Special) else p.replace(name[0] + _gap + name[1:], name) for p in pieces]
-    return pieces
+    return [Special(part) if i % 2 else mend(part, names) for i, part in enumerate(parts) if part]
 
 def encode_chat(tokenizer:Tokenizer, messages:list[dict], tools:list[dict]|None=None,
                 template:str|None=None, # jinja2; None = harmony
