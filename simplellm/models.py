@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['ATTENTION', 'QKV_BIAS', 'O_BIAS', 'SINKS', 'LM_HEAD', 'GPT_OSS_MLP', 'GPT_OSS_MXFP4', 'GPT_OSS_DENSE', 'FAMILIES',
-           'PACKED', 'FIELDS', 'REQUIRED', 'ALIASES', 'ROPE_FIELDS', 'Family', 'Row', 'letters', 'dimension',
+           'PACKED', 'FIELDS', 'REQUIRED', 'ALIASES', 'ROPE_FIELDS', 'THEIRS', 'Family', 'Row', 'letters', 'dimension',
            'parse_row', 'tensor_table', 'find', 'find_family', 'rope_fields', 'read_rope', 'read_windows', 'token_ids',
-           'read_eos', 'read_experts', 'name_of', 'read_dtype', 'config_fields', 'read_config', 'check_tensors',
-           'check_tensor', 'read_part', 'unpack', 'load_weight', 'load_weights', 'tiny_path', 'pick_dtype',
+           'read_eos', 'read_experts', 'name_of', 'read_dtype', 'config_fields', 'read_config', 'check_tensor',
+           'check_tensors', 'read_part', 'unpack', 'load_weight', 'load_weights', 'tiny_path', 'pick_dtype',
            'load_model']
 
 # %% ../nbs/21_models.ipynb #24237bf6
@@ -35,6 +35,8 @@ layers.{i}.o_proj.weight     model.layers.{i}.self_attn.o_proj.weight          H
 layers.{i}.mlp_norm          model.layers.{i}.post_attention_layernorm.weight  H
 final_norm                   model.norm.weight                                 H
 """
+
+# %% ../nbs/21_models.ipynb #faf4592e
 QKV_BIAS = """
 layers.{i}.qkv_proj.bias     model.layers.{i}.self_attn.q_proj.bias            Hq*D      heads
 layers.{i}.qkv_proj.bias     model.layers.{i}.self_attn.k_proj.bias            Hkv*D     heads
@@ -51,12 +53,16 @@ layers.{i}.router.bias       model.layers.{i}.mlp.router.bias                  E
 layers.{i}.gate_up_proj.bias model.layers.{i}.mlp.experts.gate_up_proj_bias    E,I*2     expert_column
 layers.{i}.down_proj.bias    model.layers.{i}.mlp.experts.down_proj_bias       E,H       once
 """
+
+# %% ../nbs/21_models.ipynb #b716e813
 GPT_OSS_MXFP4 = """
 layers.{i}.gate_up_proj      model.layers.{i}.mlp.experts.gate_up_proj_blocks  E,I*2,H/32,16  expert_column
 layers.{i}.gate_up_proj      model.layers.{i}.mlp.experts.gate_up_proj_scales  E,I*2,H/32     expert_column
 layers.{i}.down_proj         model.layers.{i}.mlp.experts.down_proj_blocks     E,H,I/32,16    expert_row
 layers.{i}.down_proj         model.layers.{i}.mlp.experts.down_proj_scales     E,H,I/32       expert_row
 """
+
+# %% ../nbs/21_models.ipynb #191e54ed
 GPT_OSS_DENSE = """
 layers.{i}.gate_up_proj      model.layers.{i}.mlp.experts.gate_up_proj^T       E,I*2,H   expert_column
 layers.{i}.down_proj         model.layers.{i}.mlp.experts.down_proj^T          E,H,I     expert_row
@@ -67,18 +73,22 @@ layers.{i}.down_proj         model.layers.{i}.mlp.experts.down_proj^T          E
 class Family:
     "What distinguishes one kind of model from the others, as data"
     architecture:str # as in config.json's "architectures"
-    required:tuple[str, ...]=() # fields of config.json beyond `FIELDS`
+    required:tuple[str, ...]=() # fields of config.json beyond `REQUIRED`
     switches:dict=field(default_factory=dict) # fields of ModelConfig that hold for the whole family
     mlp:dict[str, str]=field(default_factory=dict) # "mxfp4" or "dense" -> table
 
+# %% ../nbs/21_models.ipynb #e6bbb1b1
 FAMILIES = dict( # keys are config.json's "model_type"
-    gpt_oss=Family("GptOssForCausalLM", ("num_local_experts", "num_experts_per_tok", "layer_types", "swiglu_limit", "rope_scaling"),
-                   dict(sinks=True, qkv_bias=True, o_bias=True, activation="clamped_swiglu"),
-                   dict(mxfp4=GPT_OSS_MLP + GPT_OSS_MXFP4, dense=GPT_OSS_MLP + GPT_OSS_DENSE)))
+    gpt_oss=Family(
+        "GptOssForCausalLM",
+        ("num_local_experts", "num_experts_per_tok", "layer_types", "swiglu_limit", "rope_scaling"),
+        dict(sinks=True, qkv_bias=True, o_bias=True, activation="clamped_swiglu"),
+        dict(mxfp4=GPT_OSS_MLP + GPT_OSS_MXFP4, dense=GPT_OSS_MLP + GPT_OSS_DENSE)))
 
 # %% ../nbs/21_models.ipynb #874b23b4
 PACKED = "_blocks", "_scales" # the two halves of an MXFP4 weight
 
+# %% ../nbs/21_models.ipynb #225e8557
 class Row(NamedTuple):
     "One tensor of a checkpoint and where it goes"
     ours:str # key in the dict of weights
@@ -90,17 +100,17 @@ class Row(NamedTuple):
 
     @property
     def stored(self)->tuple[int, ...]: # its shape in the file
-        return (*self.shape[:-2], self.shape[-1], self.shape[-2]) if self.transposed else self.shape
+        return (*self.shape[:-2], *self.shape[:-3:-1]) if self.transposed else self.shape
     @property
-    def packed(self)->bool: # is it half of an MXFP4 weight?
-        return self.theirs.endswith(PACKED)
+    def packed(self)->bool: return self.theirs.endswith(PACKED)
 
-# %% ../nbs/21_models.ipynb #225e8557
+# %% ../nbs/21_models.ipynb #5d7f378f
 def letters(c:ModelConfig)->dict[str, int]:
     "What the letters of the tables stand for"
     return dict(V=c.vocab_size, H=c.hidden_size, Hq=c.num_heads, Hkv=c.num_kv_heads, D=c.head_dim, E=c.num_experts,
                 I=c.intermediate_size)
 
+# %% ../nbs/21_models.ipynb #323d423f
 def dimension(text:str, # like V, Hq*D, I/32 or 16
               values:dict[str, int] # of the letters
              )->tuple[int, int]: # length, neighbours that stay together
@@ -112,9 +122,10 @@ def dimension(text:str, # like V, Hq*D, I/32 or 16
     n, unit = (values.get(t) or int(t or 1) for t in (a, b))
     return n*unit, unit
 
+# %% ../nbs/21_models.ipynb #14beb772
 def parse_row(line:str, # of a table
               values:dict[str, int], # of the letters
-              layer:int # for {i}
+              layer:int=0 # for {i}
              )->Row:
     "One line of a table for one layer"
     ours, theirs, shape, rule = (line.split() + [None])[:4]
@@ -123,13 +134,12 @@ def parse_row(line:str, # of a table
     theirs, transposed = theirs.removesuffix("^T"), theirs.endswith("^T")
     return Row(ours.format(i=layer), theirs.format(i=layer), tuple(n for n, _ in dims), transposed, rule, unit)
 
-# %% ../nbs/21_models.ipynb #5d7f378f
+# %% ../nbs/21_models.ipynb #56ef9536
 def tensor_table(c:ModelConfig)->list[Row]:
     "Every tensor that a checkpoint of this architecture holds"
-    text = ATTENTION + FAMILIES[c.family].mlp[c.experts] + "\n".join(
-        t for t, wanted in ((QKV_BIAS, c.qkv_bias), (O_BIAS, c.o_bias), (SINKS, c.sinks), (LM_HEAD, not c.tie_embeddings))
-        if wanted)
-    lines = [line for line in text.splitlines() if line.strip()]
+    optional = (QKV_BIAS, c.qkv_bias), (O_BIAS, c.o_bias), (SINKS, c.sinks), (LM_HEAD, not c.tie_embeddings)
+    tables = [ATTENTION, FAMILIES[c.family].mlp[c.experts], *(table for table, wanted in optional if wanted)]
+    lines = [line for table in tables for line in table.splitlines() if line.strip()]
     return [parse_row(line, letters(c), i) for i in range(c.num_layers) for line in lines if i == 0 or "{i}" in line]
 
 # %% ../nbs/21_models.ipynb #615130b9
@@ -137,13 +147,13 @@ FIELDS = dict( # ModelConfig's name -> config.json's
     vocab_size="vocab_size", hidden_size="hidden_size", num_layers="num_hidden_layers", num_heads="num_attention_heads",
     num_kv_heads="num_key_value_heads", head_dim="head_dim", intermediate_size="intermediate_size",
     max_position="max_position_embeddings", rms_eps="rms_norm_eps", num_experts="num_local_experts",
-    top_k="num_experts_per_tok", swiglu_limit="swiglu_limit", swiglu_alpha="swiglu_alpha", rope="rope_scaling",
-    windows="layer_types", eos_token_ids="eos_token_id", tie_embeddings="tie_word_embeddings")
-REQUIRED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
-            "intermediate_size", "max_position_embeddings", "rms_norm_eps")
+    top_k="num_experts_per_tok", swiglu_limit="swiglu_limit", swiglu_alpha="swiglu_alpha",
+    tie_embeddings="tie_word_embeddings", bos_token_id="bos_token_id", pad_token_id="pad_token_id")
+REQUIRED = tuple(FIELDS.values())[:9] # by every family
 ALIASES = dict(num_experts_per_tok="experts_per_token", num_local_experts="num_experts", dtype="torch_dtype",
                rope_scaling="rope_parameters")
 
+# %% ../nbs/21_models.ipynb #6b92fd81
 def find(d:dict, # the object in config.json
          name:str, # of a field
          file # config.json
@@ -154,22 +164,26 @@ def find(d:dict, # the object in config.json
     require(None in (value, other) or value == other, file, f"field {name!r} is {value!r} but {alias!r} is {other!r}")
     return other if value is None else value
 
+# %% ../nbs/21_models.ipynb #fc532eb7
 def find_family(d:dict, # the object in config.json
                 file # config.json
                )->str: # key of `FAMILIES`
     "Which family this is, or a refusal"
-    names = d.get("architectures") or [f.architecture for k, f in FAMILIES.items() if k == d.get("model_type")]
-    known = ", ".join(f.architecture for f in FAMILIES.values())
+    names, kind = d.get("architectures"), d.get("model_type")
+    if not names: names = [f.architecture for k, f in FAMILIES.items() if k == kind]
     key = next((k for k, f in FAMILIES.items() if isinstance(names, list) and f.architecture in names), None)
-    require(key, file, f"architectures {d.get('architectures')!r}, model_type {d.get('model_type')!r}: expected one of {known}")
-    require(d.get("model_type", key) == key, file, f"model_type {d.get('model_type')!r} contradicts architectures {names!r}")
+    known = ", ".join(f.architecture for f in FAMILIES.values())
+    require(key, file, f"unknown architectures {d.get('architectures')!r}, model_type {kind!r}: expected {known}")
+    require(kind in (None, key), file, f"model_type {kind!r} contradicts architectures {names!r}")
     return key
 
 # %% ../nbs/21_models.ipynb #d2af4863
-ROPE_FIELDS = dict(rope_theta="theta", rope_type="kind", factor="factor", beta_fast="beta_fast", beta_slow="beta_slow",
-                   original_max_position_embeddings="original_max_position", truncate="truncate",
-                   attention_factor="attention_factor", low_freq_factor="low_freq_factor", high_freq_factor="high_freq_factor")
+ROPE_FIELDS = dict( # config.json's name -> RopeConfig's
+    rope_theta="theta", rope_type="kind", factor="factor", beta_fast="beta_fast", beta_slow="beta_slow",
+    original_max_position_embeddings="original_max_position", truncate="truncate", attention_factor="attention_factor",
+    low_freq_factor="low_freq_factor", high_freq_factor="high_freq_factor")
 
+# %% ../nbs/21_models.ipynb #39a127da
 def rope_fields(d:dict, # the object in config.json
                 file # config.json
                )->dict: # under transformers' names, None left out
@@ -182,14 +196,16 @@ def rope_fields(d:dict, # the object in config.json
     if r.get("partial_rotary_factor") == 1: del r["partial_rotary_factor"]
     return {k: v for k, v in r.items() if v is not None}
 
+# %% ../nbs/21_models.ipynb #6836dac4
 def read_rope(d:dict, # the object in config.json
               file # config.json
              )->RopeConfig:
     "How this model rotates"
     r = rope_fields(d, file)
     needed = {"default": (), "linear": ("factor",)}.get(r["rope_type"], ("factor", "original_max_position_embeddings"))
-    for k in ("rope_theta", *needed): require(k in r, file, f"missing field {k!r} of rope_scaling or rope_parameters")
-    for k in r: require(k in ROPE_FIELDS, file, f"rope_scaling has {k!r}, which is not supported: expected {', '.join(ROPE_FIELDS)}")
+    for k in ("rope_theta", *needed):
+        require(k in r, file, f"missing field {k!r} of rope_scaling or rope_parameters")
+    for k in r: require(k in ROPE_FIELDS, file, f"rope_scaling has {k!r}, expected only {', '.join(ROPE_FIELDS)}")
     return RopeConfig(**{ROPE_FIELDS[k]: v for k, v in r.items()})
 
 # %% ../nbs/21_models.ipynb #95b91387
@@ -199,11 +215,12 @@ def read_windows(d:dict, # the object in config.json
     "Which layers look back how far"
     kinds, window = d.get("layer_types"), d.get("sliding_window")
     if kinds is None: return None
-    require(isinstance(kinds, list) and all(k in ("sliding_attention", "full_attention") for k in kinds), file,
-            f"layer_types {kinds!r}, expected sliding_attention or full_attention for each layer")
+    known = isinstance(kinds, list) and all(k in ("sliding_attention", "full_attention") for k in kinds)
+    require(known, file, f"layer_types {kinds!r}, expected sliding_attention or full_attention for each layer")
     require(window is not None or "sliding_attention" not in kinds, file, "missing field 'sliding_window'")
     return tuple(window if k == "sliding_attention" else None for k in kinds)
 
+# %% ../nbs/21_models.ipynb #75db2424
 def token_ids(d:dict, # the object in a JSON file
               file # config.json or generation_config.json
              )->tuple[int, ...]:
@@ -213,94 +230,101 @@ def token_ids(d:dict, # the object in a JSON file
     require(all(type(i) is int for i in ids), file, f"eos_token_id {x!r}, expected an id or a list of ids")
     return tuple(ids)
 
+# %% ../nbs/21_models.ipynb #8ee8da36
 def read_eos(folder:Path, # of the checkpoint
              d:dict # the object in config.json
             )->tuple[int, ...]:
     "The tokens that end a reply, from both files"
     path = folder/"generation_config.json"
-    more = read_json(path) if path.is_file() else {}
-    return tuple(dict.fromkeys(token_ids(d, folder/"config.json") + token_ids(more, path)))
+    more = token_ids(read_json(path), path) if path.is_file() else ()
+    return tuple(dict.fromkeys(token_ids(d, folder/"config.json") + more))
 
+# %% ../nbs/21_models.ipynb #c1e27ea2
 def read_experts(d:dict, # the object in config.json
                  file # config.json
                 )->str: # "mxfp4" or "dense"
     "How the experts are stored"
     q = d.get("quantization_config")
     method = q.get("quant_method") if isinstance(q, dict) else q
-    require(q is None or method == "mxfp4", file, f"quantization {method!r}, expected 'mxfp4' or none")
+    require(q is None or method == "mxfp4", file, f"unsupported quantization {method!r}, expected 'mxfp4' or none")
     return "dense" if q is None else "mxfp4"
 
-# %% ../nbs/21_models.ipynb #0975d163
+# %% ../nbs/21_models.ipynb #701ae6df
 def name_of(dtype:torch.dtype)->str: # such as "bfloat16"
     "How configurations spell a type"
     return str(dtype).removeprefix("torch.")
 
+# %% ../nbs/21_models.ipynb #b1f0d113
 def read_dtype(d:dict, # the object in config.json
                source # folder or Checkpoint
               )->str:
-    "The type of the dense tensors: config.json's, else that of most (gpt-oss does not say)"
+    "The type of the dense tensors: what config.json says, else that of most"
     stated = find(d, "dtype", "config.json")
     if stated is not None: return stated
-    if not isinstance(source, Checkpoint) and not any(Path(source).glob("*.safetensors")): return "bfloat16"
-    checkpoint = source if isinstance(source, Checkpoint) else Checkpoint(source)
-    found = Counter(checkpoint.dtype(n) for n in checkpoint.names if not n.endswith(PACKED))
+    if not isinstance(source, Checkpoint):
+        if not any(Path(source).glob("*.safetensors")): return "bfloat16"
+        source = Checkpoint(source)
+    found = Counter(source.dtype(n) for n in source.names if not n.endswith(PACKED))
     return name_of(found.most_common(1)[0][0]) if found else "bfloat16"
 
+# %% ../nbs/21_models.ipynb #e6d92e54
 def config_fields(d:dict, # the object in config.json
                   source, # folder or Checkpoint
-                  folder:Path # of the checkpoint
+                  file:Path # config.json
                  )->dict:
     "ModelConfig's arguments"
-    file = folder/"config.json"
     family = find_family(d, file)
     for k in REQUIRED + FAMILIES[family].required: require(find(d, k, file) is not None, file, f"missing field {k!r}")
     require(d.get("hidden_act", "silu") == "silu", file, f"hidden_act {d.get('hidden_act')!r}, expected 'silu'")
-    plain = {ours: find(d, theirs, file) for ours, theirs in FIELDS.items() if ours not in ("rope", "windows", "eos_token_ids")}
+    plain = {ours: find(d, theirs, file) for ours, theirs in FIELDS.items()}
     biases = {k: d["attention_bias"] for k in ("qkv_bias", "o_bias") if "attention_bias" in d}
     return FAMILIES[family].switches | biases | {k: v for k, v in plain.items() if v is not None} | dict(
         family=family, windows=read_windows(d, file), rope=read_rope(d, file), experts=read_experts(d, file),
-        dtype=read_dtype(d, source), eos_token_ids=read_eos(folder, d), bos_token_id=d.get("bos_token_id"),
-        pad_token_id=d.get("pad_token_id"))
+        dtype=read_dtype(d, source), eos_token_ids=read_eos(file.parent, d))
 
-# %% ../nbs/21_models.ipynb #75db2424
+# %% ../nbs/21_models.ipynb #a28c309c
+THEIRS = FIELDS | {ours: theirs for theirs, ours in ROPE_FIELDS.items()} | dict( # ModelConfig's name -> config.json's
+    windows="layer_types", eos_token_ids="eos_token_id")
+
+# %% ../nbs/21_models.ipynb #9d1e6493
 def read_config(source # folder with config.json, or a Checkpoint
-               )->ModelConfig:
+               )->ModelConfig: # or a CheckpointError
     "The architecture that config.json describes, every field checked"
-    folder = source.path if isinstance(source, Checkpoint) else Path(source)
-    file = folder/"config.json"
+    file = (source.path if isinstance(source, Checkpoint) else Path(source))/"config.json"
     d = read_json(file)
-    try: return ModelConfig(**config_fields(d, source, folder))
+    try: return ModelConfig(**config_fields(d, source, file))
     except CheckpointError: raise
     except ValueError as e:
         name = str(e).partition("=")[0]
-        raise CheckpointError(f"config.json: field {FIELDS.get(name, name)!r}: {e}") from None
+        raise CheckpointError(f"config.json: field {THEIRS.get(name, name)!r}: {e}") from None
 
-# %% ../nbs/21_models.ipynb #560be5ba
-def check_tensors(checkpoint:Checkpoint,
-                  c:ModelConfig
-                 )->None: # raises CheckpointError
-    "Refuse a checkpoint whose headers are not what config.json promises"
-    rows = {r.theirs: r for r in tensor_table(c)}
-    for name, row in rows.items():
-        dtype = torch.uint8 if row.packed else getattr(torch, c.dtype)
-        require(name in checkpoint, checkpoint.listing, f"missing: expected by config.json, shape {list(row.stored)}", name)
-        check_tensor(checkpoint, name, row.stored, dtype)
-    optional = {"lm_head.weight"} if c.tie_embeddings else ()
-    for name in checkpoint.names:
-        require(name in rows or name in optional, checkpoint.file(name), "surplus: config.json describes a model without it", name)
-
+# %% ../nbs/21_models.ipynb #bf994191
 def check_tensor(checkpoint:Checkpoint,
                  name:str, # of the tensor
                  shape:tuple, # expected
                  dtype:torch.dtype # expected
                 )->None: # raises CheckpointError
     "Refuse a wrong shape or type; a norm may be float32, as transformers keeps it beside float16"
-    file, found = checkpoint.file(name), checkpoint.dtype(name)
-    require(checkpoint.shape(name) == shape, file, f"shape {list(checkpoint.shape(name))}, expected {list(shape)} by config.json", name)
-    require(found == dtype or (found == torch.float32 and name.endswith("norm.weight") and dtype.is_floating_point), file,
-            f"dtype {name_of(found)}, expected {name_of(dtype)}, as config.json or most tensors say", name)
+    e = checkpoint.entry(name)
+    require(e.shape == shape, e.file, f"shape {list(e.shape)}, expected {list(shape)} by config.json", name)
+    kept = e.dtype == torch.float32 and name.endswith("norm.weight")
+    require(e.dtype == dtype or kept, e.file, f"dtype {name_of(e.dtype)}, expected {name_of(dtype)}", name)
 
-# %% ../nbs/21_models.ipynb #bf994191
+# %% ../nbs/21_models.ipynb #456ed839
+def check_tensors(checkpoint:Checkpoint,
+                  c:ModelConfig
+                 )->None: # raises CheckpointError
+    "Refuse a checkpoint whose headers are not what config.json promises"
+    rows = {r.theirs: r for r in tensor_table(c)}
+    for name, row in rows.items():
+        expected = f"missing: expected by config.json, shape {list(row.stored)}"
+        require(name in checkpoint, checkpoint.listing, expected, name)
+        check_tensor(checkpoint, name, row.stored, torch.uint8 if row.packed else getattr(torch, c.dtype))
+    allowed = rows | ({"lm_head.weight": None} if c.tie_embeddings else {})
+    for name in checkpoint.names:
+        require(name in allowed, checkpoint.file(name), "surplus: config.json describes a model without it", name)
+
+# %% ../nbs/21_models.ipynb #6e0a7879
 def read_part(checkpoint:Checkpoint,
               row:Row,
               shard:Shard
@@ -312,15 +336,17 @@ def read_part(checkpoint:Checkpoint,
     elif not row.packed: check_finite(x, row.theirs, checkpoint.file(row.theirs))
     return x
 
+# %% ../nbs/21_models.ipynb #97921a02
 def unpack(w:MXFP4, # experts' weights
            dtype:torch.dtype
           )->torch.Tensor: # [E, outputs, inputs]
-    "Dense experts, one at a time to keep the intermediate results small"
+    "Dense experts"
     E, rows, groups = w.scales.shape
     out = torch.empty(E, rows, groups*32, dtype=dtype, device=w.scales.device)
     for e in range(E): out[e] = dequantize_mxfp4(w.blocks[e], w.scales[e], dtype)
     return out
 
+# %% ../nbs/21_models.ipynb #fcf3fe01
 def load_weight(checkpoint:Checkpoint,
                 rows:list[Row], # the tensors that make one weight
                 dtype:torch.dtype,
@@ -337,7 +363,7 @@ def load_weight(checkpoint:Checkpoint,
     check_finite(w, rows[0].theirs, checkpoint.file(rows[0].theirs))
     return w
 
-# %% ../nbs/21_models.ipynb #456ed839
+# %% ../nbs/21_models.ipynb #a216f304
 def load_weights(checkpoint:Checkpoint,
                  c:ModelConfig, # as `read_config` gives it
                  dtype:torch.dtype|None=None, # of the dense weights; None = the checkpoint's
@@ -345,14 +371,14 @@ def load_weights(checkpoint:Checkpoint,
                  shard:Shard=Shard(), # our rank
                  dequantize:bool|None=None, # unpack MXFP4 experts? None = on a CPU only
                  progress:bool=False # show a bar?
-                )->dict[str, torch.Tensor|MXFP4]:
-    "Every weight by our names; refuses the checkpoint before the model runs"
+                )->dict[str, torch.Tensor|MXFP4]: # or a CheckpointError
+    "Every weight by our names"
     check_tensors(checkpoint, c)
     if dequantize is None: dequantize = torch.device(device).type == "cpu"
-    groups = {}
+    dtype, groups = dtype or getattr(torch, c.dtype), {}
     for row in tensor_table(c): groups.setdefault(row.ours, []).append(row)
-    weights = {ours: load_weight(checkpoint, rows, dtype or getattr(torch, c.dtype), device, shard, dequantize)
-               for ours, rows in tqdm(groups.items(), desc="Loading", disable=not progress)}
+    bar = tqdm(groups.items(), desc="Loading", disable=not progress)
+    weights = {ours: load_weight(checkpoint, rows, dtype, device, shard, dequantize) for ours, rows in bar}
     if c.tie_embeddings: weights["lm_head"] = weights["embed"]
     return weights
 
@@ -361,6 +387,7 @@ def tiny_path()->Path:
     "The folder of the model that is shipped with this package"
     return Path(str(files("simplellm")/"tiny"))
 
+# %% ../nbs/21_models.ipynb #bd4202d6
 def pick_dtype(dtype, # "auto", a name, or a torch.dtype
                c:ModelConfig, # for "auto"
                device:torch.device # for "auto"
@@ -368,18 +395,20 @@ def pick_dtype(dtype, # "auto", a name, or a torch.dtype
     "The type a model computes in"
     if dtype == "auto": dtype = c.dtype if device.type == "cuda" else "float32"
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    check(found in (torch.float32, torch.bfloat16, torch.float16), "dtype", dtype, "auto, float32, bfloat16 or float16")
+    known = found in (torch.float32, torch.bfloat16, torch.float16)
+    check(known, "dtype", dtype, "auto, float32, bfloat16 or float16")
     return found
 
+# %% ../nbs/21_models.ipynb #6a10f9ee
 def load_model(path=None, # folder of a checkpoint; None = the shipped model
                dtype="auto", # "auto", "float32", "bfloat16", "float16" or a torch.dtype
                device="auto", # "auto" = a GPU if there is one
                shard:Shard=Shard(), # our rank
                progress:bool=False # show a bar?
-              )->Transformer:
-    "Read a checkpoint, refuse it, or return a model that is ready to run"
+              )->Transformer: # or a CheckpointError
+    "Read a checkpoint and return a model that is ready to run"
     checkpoint = Checkpoint(path or tiny_path())
     c = read_config(checkpoint)
     if device == "auto": device = "cuda" if torch.cuda.is_available() else "cpu"
-    weights = load_weights(checkpoint, c, pick_dtype(dtype, c, torch.device(device)), device, shard, progress=progress)
-    return Transformer(c, weights, shard=shard)
+    dtype = pick_dtype(dtype, c, torch.device(device))
+    return Transformer(c, load_weights(checkpoint, c, dtype, device, shard, progress=progress), shard=shard)

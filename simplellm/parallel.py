@@ -25,17 +25,18 @@ class Shard:
 # %% ../nbs/18_parallel.ipynb #5a3fbdfc
 SPLITS = dict(vocab=0, heads=0, column=0, row=1, expert_column=1, expert_row=2) # rule -> dimension that is cut
 
+# %% ../nbs/18_parallel.ipynb #b47d13cd
 def span(n:int, # length of the dimension
          shard:Shard,
          unit:int=1, # neighbours that stay together: the numbers of one head, a gate and its up
          name:str="tensor" # for the error
         )->tuple[int, int]: # first, one past the last
     "The stretch of a dimension that a rank owns"
-    units = n // unit
-    if n % unit or units % shard.size:
-        raise ValueError(f"{name}: {n} = {n/unit:g} x {unit} cannot be shared by {shard.size} ranks: expected a multiple")
-    return shard.rank*units//shard.size*unit, (shard.rank + 1)*units//shard.size*unit
+    each, rest = divmod(n, unit*shard.size)
+    if rest: raise ValueError(f"{name}: {n/unit:g} units of {unit} cannot be shared by {shard.size} ranks")
+    return shard.rank*each*unit, (shard.rank + 1)*each*unit
 
+# %% ../nbs/18_parallel.ipynb #323f69cc
 def part(x:torch.Tensor, # the whole weight
          rule:str|None, # a key of `SPLITS`, "once", or None = everybody has the whole
          shard:Shard,
