@@ -308,7 +308,7 @@ def check_tensor(checkpoint:Checkpoint,
     e = checkpoint.entry(name)
     require(e.shape == shape, e.file, f"shape {list(e.shape)}, expected {list(shape)} by config.json", name)
     kept = e.dtype == torch.float32 and name.endswith("norm.weight")
-    require(e.dtype == dtype or kept, e.file, f"dtype {name_of(e.dtype)}, expected {name_of(dtype)}", name)
+    require(e.dtype == dtype or kept, e.file, f"dtype {name_of(e.dtype)}, expected {name_of(dtype)} like the others", name)
 
 # %% ../nbs/21_models.ipynb #456ed839
 def check_tensors(checkpoint:Checkpoint,
