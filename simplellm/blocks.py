@@ -60,8 +60,9 @@ class PrefixIndex:
     def add(self, block:int, prefix:int, tokens:tuple)->int:
         "Note what `block` holds, unless another block holds the same; returns the number of the longer prefix"
         key = prefix, tokens
-        if key not in self.entries: self.entries[key], self.keys[block] = (block, next(self.ids)), key
-        return self.entries[key][1]
+        entry = self.entries.get(key)
+        if entry is None: self.keys[block], entry = key, self.entries.setdefault(key, (block, next(self.ids)))
+        return entry[1]
 
     def drop(self, block:int)->None:
         "Forget what `block` holds"

@@ -65,6 +65,7 @@ _RANGES = dict(n=(Integral, 1, _INF), temperature=(Real, 0, _INF), top_p=(Real, 
 _OPTIONAL = "seed", "max_tokens", "logprobs", "prompt_logprobs"
 _POSITIVE = "top_p", "repetition_penalty" # where the lower end itself makes no sense
 
+# %% ../nbs/09_sampling.ipynb #72cf0947
 def check_number(name:str, # the parameter
                  value # what the user gave
                 )->None:
@@ -75,7 +76,7 @@ def check_number(name:str, # the parameter
     kind, bracket = "an integer" if kind is Integral else "a number", "(" if name in _POSITIVE else "["
     check(ok, name, value, f"{kind} in {bracket}{low}, {high}{')' if high == _INF else ']'}")
 
-# %% ../nbs/09_sampling.ipynb #72cf0947
+# %% ../nbs/09_sampling.ipynb #60914b81
 def is_ids(x)->bool:
     "A list of token ids?"
     return isinstance(x, (list, tuple, set, frozenset)) and all(isinstance(i, Integral) and i >= 0 for i in x)
@@ -84,17 +85,19 @@ def is_texts(x)->bool:
     "A list of strings with something in them?"
     return isinstance(x, (list, tuple)) and all(isinstance(s, str) and s for s in x)
 
+def is_bias(x)->bool:
+    "Token ids with numbers in OpenAI's range?"
+    return isinstance(x, dict) and is_ids(list(x)) and all(isinstance(v, Real) and abs(v) <= 100 for v in x.values())
+
+# %% ../nbs/09_sampling.ipynb #115f8fbe
 _FLAG = lambda v: isinstance(v, bool), "True or False"
 _KINDS = dict(ignore_eos=_FLAG, skip_special_tokens=_FLAG, include_stop_str_in_output=_FLAG,
-              stop=(lambda v: v is None or is_texts([v] if isinstance(v, str) else v), "a string or a list, none empty"),
+              stop=(lambda v: v is None or is_texts([v] if isinstance(v, str) else v),
+                    "one string or several, none empty"),
               bad_words=(lambda v: v is None or is_texts(v), "a list of strings, none empty"),
               stop_token_ids=(lambda v: v is None or is_ids(v), "a list of token ids"),
               allowed_token_ids=(lambda v: v is None or is_ids(v) and len(v) > 0, "a list of token ids, not empty"),
               logit_bias=(lambda v: v is None or is_bias(v), "a dict from token id to a number in [-100, 100]"))
-
-def is_bias(x)->bool:
-    "Token ids with numbers in OpenAI's range?"
-    return isinstance(x, dict) and is_ids(list(x)) and all(isinstance(v, Real) and abs(v) <= 100 for v in x.values())
 
 # %% ../nbs/09_sampling.ipynb #9049b6e4
 def check_params(p:SamplingParams)->None:
@@ -148,6 +151,7 @@ def index_pairs(lists:dict[int, list[int]], # row -> token ids
     rows = [row for row, ids in lists.items() for _ in ids]
     return torch.tensor([rows, [i for ids in lists.values() for i in ids]], device=device).unbind()
 
+# %% ../nbs/09_sampling.ipynb #928f5910
 def allow_only(logits:Tensor, # [N, V]
                pairs:tuple[Tensor, Tensor] # rows and the ids allowed there
               )->Tensor:
@@ -166,6 +170,7 @@ class Penalties:
     seen:tuple[Tensor, Tensor] # pairs in [P, V]: tokens of prompt and output
     said:tuple[Tensor, Tensor]|None # pairs in [P, V]: tokens of the output
 
+# %% ../nbs/09_sampling.ipynb #bf90ea5a
 def penalize(logits:Tensor, # [N, V]
              p:Penalties
             )->Tensor:
@@ -185,6 +190,7 @@ def bad_word_ids(words:list[str]|None, # SamplingParams.bad_words
     spellings = [space + w.lstrip() for w in words or () for space in ("", " ")]
     return tuple(dict.fromkeys(tuple(encode(s)) for s in spellings))
 
+# %% ../nbs/09_sampling.ipynb #ec99f006
 def banned_ids(r # a Request: .tokens .num_output .params .stop_ids .bad_words
               )->list[int]:
     "Tokens that may not come next: an end before `min_tokens`, the last token of a bad word"
@@ -207,6 +213,7 @@ def philox(counter:list[Tensor], # four tensors of 32-bit words, as int64
         k0, k1 = (k0 + 0x9E3779B9) & _LOW, (k1 + 0xBB67AE85) & _LOW
     return [c0, c1, c2, c3]
 
+# %% ../nbs/09_sampling.ipynb #d2749f3f
 def uniform(seeds:Tensor, # [N] int64
             positions:Tensor # [N] int64, index of the token to sample in its sequence
            )->Tensor: # [N] float32 in [0, 1)
@@ -241,6 +248,7 @@ class SamplingBatch:
     bias:tuple[tuple[Tensor, Tensor], Tensor]|None=None # rows and ids, and what to add
     penalties:Penalties|None=None
 
+# %% ../nbs/09_sampling.ipynb #4bbac818
 def make_edits(rows:list, device)->dict:
     "The edits that these requests want, as fields of a SamplingBatch"
     biases = {i: r.params.logit_bias for i, r in enumerate(rows) if r.params.logit_bias}
@@ -250,6 +258,7 @@ def make_edits(rows:list, device)->dict:
                 bias=(index_pairs(biases, device), amounts) if biases else None,
                 penalties=make_penalties(rows, device))
 
+# %% ../nbs/09_sampling.ipynb #98eb6d62
 def make_penalties(rows:list, device)->Penalties|None:
     "The penalties of the rows that have some"
     which = [i for i, r in enumerate(rows) if r.params.penalized]
@@ -284,6 +293,7 @@ def edit(logits:Tensor, # [N, V] float32
     if sb.bias: logits = logits.index_put(*sb.bias, accumulate=True)
     return penalize(logits, sb.penalties) if sb.penalties else logits
 
+# %% ../nbs/09_sampling.ipynb #00795204
 def sample(logits:Tensor, # [N, V]
            sb:SamplingBatch # of N rows
           )->Tensor: # [N] int64

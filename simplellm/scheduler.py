@@ -56,6 +56,7 @@ class Step:
     num_new:list[int] # how many tokens of each, from its num_computed on
     sampling:list[Request] # those whose last token is among them; `requests` itself if all are
 
+# %% ../nbs/24_scheduler.ipynb #ee8bda47
 def give(step:Step, r:Request, budget:int)->int:
     "Let the step compute what `r` still has to compute, or as much as the budget allows; returns how much"
     left = len(r.tokens) - r.num_computed
@@ -74,6 +75,7 @@ def shared_blocks(r:Request, pool:BlockPool)->tuple[list[int], int]|None:
         if not pool.caching: return parent.block_table[:(r.num_prompt - 1) // pool.block_size], 0
     return ([], 0) if r.params.prompt_logprobs is not None else pool.match(r.tokens)
 
+# %% ../nbs/24_scheduler.ipynb #dfa5b665
 def take_blocks(r:Request, pool:BlockPool)->bool:
     "Give a waiting request what is cached, and blocks for the rest of its tokens, if there are enough"
     found = shared_blocks(r, pool)
@@ -85,6 +87,7 @@ def take_blocks(r:Request, pool:BlockPool)->bool:
     r.block_table, r.num_filled, r.num_computed = hits + pool.allocate(need), len(hits), len(hits) * pool.block_size
     return True
 
+# %% ../nbs/24_scheduler.ipynb #7c38734e
 def grow(r:Request, pool:BlockPool)->bool:
     "Give a running request blocks for its newest tokens, if there are enough"
     need = blocks_for(len(r.tokens), pool.block_size) - len(r.block_table)
@@ -92,6 +95,7 @@ def grow(r:Request, pool:BlockPool)->bool:
     if need > 0: r.block_table += pool.allocate(need)
     return True
 
+# %% ../nbs/24_scheduler.ipynb #b5b55a36
 def register_full(r:Request, pool:BlockPool)->None:
     "Let others find the blocks that `r` has filled since it was last asked"
     size, full = pool.block_size, r.num_computed // pool.block_size
@@ -171,10 +175,11 @@ class Queues:
 # %% ../nbs/24_scheduler.ipynb #97f5107c
 def make_room(q:Queues)->None:
     "A block for everyone who has to grow, oldest first; the last that arrived give up theirs"
-    for r in sorted(q.growing, key=lambda r: r.arrival):
+    for r in q.growing: # these are in the order of arrival
         while r.status == "running" and not grow(r, q.pool): q.preempt()
     q.growing.clear()
 
+# %% ../nbs/24_scheduler.ipynb #06082bf9
 def plan_running(q:Queues, step:Step, budget:int)->int:
     "Tokens for those who run, oldest first; returns what is left of the budget"
     need = [len(r.tokens) - r.num_computed for r in q.running]
@@ -186,6 +191,7 @@ def plan_running(q:Queues, step:Step, budget:int)->int:
         if budget: budget -= give(step, r, budget)
     return budget
 
+# %% ../nbs/24_scheduler.ipynb #575d8abb
 def plan_waiting(q:Queues, step:Step, budget:int, max_seqs:int)->None:
     "Tokens for those who wait, while there are blocks; nobody overtakes the first in the queue"
     while budget and q.waiting and len(q.running) < max_seqs and take_blocks(q.waiting[0], q.pool):
@@ -199,6 +205,7 @@ def advance(step:Step, pool:BlockPool)->None:
             r.num_computed += n
             register_full(r, pool)
 
+# %% ../nbs/24_scheduler.ipynb #0fd196ea
 def settle(r:Request, q:Queues)->bool: # did it end?
     "Look closely at a request that got a token"
     if r.status != "running": # it was cancelled during the step
