@@ -6,7 +6,7 @@
 __all__ = ['GPT2_PATTERN', 'O200K_PATTERN', 'HARMONY_SPECIAL', 'TokenizerError', 'require', 'byte_chars', 'spell', 'unspell',
            'bpe_steps', 'listed_fully', 'check_reachable', 'merge_order', 'Added', 'Vocabulary', 'keep_gaps',
            'read_pattern', 'check_model', 'read_merges', 'read_added', 'read_form', 'split_unmerged', 'read_vocabulary',
-           'read_json', 'finder', 'cut_out', 'Tokenizer', 'read_tiktoken', 'load_tokenizer']
+           'read_json', 'finder', 'cut_out', 'cut_added', 'byte_table', 'Tokenizer', 'read_tiktoken', 'load_tokenizer']
 
 # %% ../nbs/02_tokenizer.ipynb #45a5e26f
 import base64, gc, json, re, unicodedata
@@ -34,6 +34,7 @@ def byte_chars()->str:
 _chars = byte_chars()
 _to_byte = {ord(char): byte for byte, char in enumerate(_chars)}
 
+# %% ../nbs/02_tokenizer.ipynb #30712de8
 def spell(data:bytes)->str:
     "Bytes as tokenizer.json writes them"
     return "".join(_chars[byte] for byte in data)
@@ -62,6 +63,7 @@ def listed_fully(vocab:dict[str, int], # mergeable tokens, single bytes included
     cuts = sum(token[:i] in vocab and token[i:] in vocab for token in vocab for i in range(1, len(token)))
     return cuts == len(pairs)
 
+# %% ../nbs/02_tokenizer.ipynb #2c0441bd
 def check_reachable(merges:list[tuple[str, str]] # in order
                    )->None:
     "Every token must merge back to itself, from tokens that came before it"
@@ -96,6 +98,7 @@ class Added:
     special:bool=True
     normalized:bool=False # looked for after normalization instead of before
 
+# %% ../nbs/02_tokenizer.ipynb #0a72357c
 @dataclass(frozen=True)
 class Vocabulary:
     "All that a tokenizer file says"
@@ -114,6 +117,7 @@ O200K_PATTERN = "|".join([
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*" + _contraction,
     r"\p{N}{1,3}", r" ?[^\s\p{L}\p{N}]+[\r\n/]*", r"\s*[\r\n]+", r"\s+(?!\S)", r"\s+"])
 
+# %% ../nbs/02_tokenizer.ipynb #4176284c
 def keep_gaps(pattern:str)->str:
     "`pattern`, or a stretch it does not match"
     return rf"{pattern}|(?:(?!{pattern})[\s\S])+"
@@ -143,6 +147,7 @@ def check_model(model:dict # the model section
     for key, kind in dict(vocab=dict, merges=list).items():
         require(isinstance(model.get(key), kind), f"model.{key} is missing or not a {kind.__name__}")
 
+# %% ../nbs/02_tokenizer.ipynb #fc3276ae
 def read_merges(merges:list # "a b" in older files, ["a", "b"] in newer ones
                )->list[tuple[str, str]]:
     "Both ways to write a list of pairs"
@@ -150,6 +155,7 @@ def read_merges(merges:list # "a b" in older files, ["a", "b"] in newer ones
     require(all(len(pair) == 2 for pair in pairs), "model.merges holds an entry that is not a pair")
     return pairs
 
+# %% ../nbs/02_tokenizer.ipynb #9fd6ebc3
 def read_added(entries:list[dict] # the added_tokens section
               )->tuple[Added, ...]:
     "Added tokens; those that swallow their surroundings are refused"
@@ -158,6 +164,7 @@ def read_added(entries:list[dict] # the added_tokens section
         require(not odd, f"added token {token['content']!r} sets {odd}, expected none of them")
     return tuple(Added(t["content"], t["id"], bool(t.get("special")), bool(t.get("normalized"))) for t in entries)
 
+# %% ../nbs/02_tokenizer.ipynb #bcc1a8be
 def read_form(normalizer:dict|None # the normalizer section
              )->str|None: # one of NFC, NFD, NFKC, NFKD
     "The Unicode normal form asked for"
@@ -177,6 +184,7 @@ def split_unmerged(model:dict, # the model section
             f"{list(rest)[:3]}: byte-pair ranks cannot express them")
     return tuple((unspell(t) if set(t) <= set(_chars) else t.encode(), i) for t, i in rest.items())
 
+# %% ../nbs/02_tokenizer.ipynb #9552b8b4
 def read_vocabulary(data:dict # parsed tokenizer.json
                    )->Vocabulary:
     "Check each section and collect what tiktoken needs"
@@ -188,6 +196,7 @@ def read_vocabulary(data:dict # parsed tokenizer.json
     return Vocabulary(tokens, pattern, added, split_unmerged(model, order, added), space,
                       read_form(data.get("normalizer")))
 
+# %% ../nbs/02_tokenizer.ipynb #41dfbec4
 def read_json(path:Path)->Vocabulary:
     "A Hugging Face tokenizer.json"
     was_on = gc.isenabled()
@@ -204,46 +213,54 @@ def finder(tokens:Iterable[Added])->re.Pattern|None:
     texts = sorted((re.escape(token.text) for token in tokens), key=len, reverse=True)
     return re.compile(f"({'|'.join(texts)})") if texts else None
 
+# %% ../nbs/02_tokenizer.ipynb #350a8ba3
 def cut_out(text:str, found:re.Pattern|None # from `finder`
            )->Iterator[tuple[str, bool]]: # text, and whether it is an added token
     "Alternately ordinary text and added tokens"
     for i, piece in enumerate(found.split(text) if found else [text]):
         if piece: yield piece, i % 2 == 1
 
+# %% ../nbs/02_tokenizer.ipynb #d2fb05ec
+def cut_added(text:str, early:re.Pattern|None, late:re.Pattern|None, # finders for before and after normalization
+              form:str|None # Unicode normal form
+             )->Iterator[tuple[str, bool]]: # text, and whether it is an added token
+    "Added tokens, and normalized text between them"
+    for piece, whole in cut_out(text, early):
+        if whole: yield piece, True
+        else: yield from cut_out(unicodedata.normalize(form, piece) if form else piece, late)
+
 # %% ../nbs/02_tokenizer.ipynb #20a417d9
+def byte_table(v:Vocabulary)->list[bytes]: # index = id
+    "The bytes of every id; ids that no token owns have none"
+    own = [*((i, token) for token, i in v.tokens.items()), *((i, token) for token, i in v.unmerged)]
+    table = dict(own)
+    require(len(table) == len(own), "vocabulary: two tokens share an id")
+    table |= {token.id: token.text.encode() for token in v.added}
+    require(min(table) >= 0, f"vocabulary: negative id {min(table)}")
+    return [table.get(i, b"") for i in range(max(table) + 1)]
+
+# %% ../nbs/02_tokenizer.ipynb #2424572c
 class Tokenizer:
     "Text to ids and back through one tiktoken `Encoding`"
     def __init__(self, vocabulary:Vocabulary):
         v, self.vocabulary = vocabulary, vocabulary
         self.added = {token.text: token.id for token in v.added}
         self.special = {token.text: token.id for token in v.added if token.special} # text -> id
-        self._special_ids = frozenset(self.special.values())
+        self._special_ids, self._bytes = frozenset(self.special.values()), byte_table(v)
+        self.vocab_size = len(self._bytes) # highest id + 1
         self._finders = {allow: [finder(t for t in v.added if t.normalized == late and (allow or not t.special))
                                  for late in (False, True)] for allow in (False, True)}
-        self._bytes = self._table(v)
-        self.vocab_size = len(self._bytes) # highest id + 1
         ascending = all(a < b for a, b in pairwise(i for token, i in v.tokens.items() if len(token) > 1))
         ranks = v.tokens if ascending else {token: rank for rank, token in enumerate(v.tokens)}
         self._ids = None if ascending else list(v.tokens.values()) # rank -> id
         self.encoding = tiktoken.Encoding("simplellm", pat_str=v.pattern, mergeable_ranks=ranks,
                                           special_tokens=self.special if ascending else {})
 
-    @staticmethod
-    def _table(v:Vocabulary)->list[bytes]:
-        "The bytes of every id; ids that no token owns have none"
-        own = [*((i, token) for token, i in v.tokens.items()), *((i, token) for token, i in v.unmerged)]
-        table = dict(own)
-        require(len(table) == len(own), "vocabulary: two tokens share an id")
-        table |= {token.id: token.text.encode() for token in v.added}
-        require(min(table) >= 0, f"vocabulary: negative id {min(table)}")
-        return [table.get(i, b"") for i in range(max(table) + 1)]
-
-    def _pieces(self, text:str, allow_special:bool)->Iterator[tuple[str, bool]]:
-        "Ordinary text, normalized, and added tokens"
-        (early, late), form = self._finders[allow_special], self.vocabulary.form
-        for piece, whole in cut_out(text, early):
-            if whole: yield piece, True
-            else: yield from cut_out(unicodedata.normalize(form, piece) if form else piece, late)
+    def encode(self, text:str, allow_special:bool=False # whether `<|end|>` in the text is that token
+              )->list[int]:
+        "Ids of a text; without `allow_special` the names of special tokens are ordinary characters"
+        pieces = cut_added(text, *self._finders[allow_special], self.vocabulary.form)
+        return [i for piece, whole in pieces for i in ([self.added[piece]] if whole else self._merge(piece))]
 
     def _merge(self, text:str)->list[int]:
         "Ids of text without added tokens"
@@ -254,24 +271,13 @@ class Tokenizer:
             raise TokenizerError(f"text of {len(text)} characters holds a run too long to split: {e}") from None
         return ranks if self._ids is None else [self._ids[rank] for rank in ranks]
 
-    def encode(self, text:str, allow_special:bool=False # whether `<|end|>` in the text is that token
-              )->list[int]:
-        "Ids of a text; without `allow_special` the names of special tokens are ordinary characters"
-        return [i for piece, whole in self._pieces(text, allow_special)
-                for i in ([self.added[piece]] if whole else self._merge(piece))]
-
-    def is_special(self, id:int)->bool: "Whether an id is a special token"; return id in self._special_ids
-
-    def token_bytes(self, id:int # any integer: a model's output layer may be wider than the vocabulary
-                   )->bytes:
-        "The bytes of one token, maybe part of a character; none for an id that no token owns"
-        return self._bytes[id] if 0 <= id < len(self._bytes) else b""
-
     def decode(self, ids:Iterable[int], skip_special_tokens:bool=False)->str:
         "Text of ids; bytes that are no UTF-8 become U+FFFD"
         data = b"".join(self.token_bytes(i) for i in ids if not (skip_special_tokens and i in self._special_ids))
         return data.decode("utf-8", errors="replace")
 
+    def token_bytes(self, id:int)->bytes: return self._bytes[id] if 0 <= id < self.vocab_size else b""
+    def is_special(self, id:int)->bool: return id in self._special_ids
     def __repr__(self): return f"Tokenizer({self.vocab_size} ids, {len(self.special)} special)"
 
 # %% ../nbs/02_tokenizer.ipynb #e5f0c94c
@@ -279,6 +285,7 @@ _harmony = {199998: "startoftext", 199999: "endoftext", 200002: "return", 200003
             200006: "start", 200007: "end", 200008: "message", 200012: "call", 200018: "endofprompt"}
 HARMONY_SPECIAL = {f"<|{_harmony.get(i, f'reserved_{i}')}|>": i for i in range(199998, 201088)}
 
+# %% ../nbs/02_tokenizer.ipynb #af6fbd8b
 def read_tiktoken(path:Path, # lines of base64 token and rank
                   pattern:str|None=None, # None = that of o200k, if the file is o200k
                   special:dict[str, int]|None=None # text -> id
@@ -294,6 +301,7 @@ def read_tiktoken(path:Path, # lines of base64 token and rank
     order = dict(sorted(ranks.items(), key=lambda item: item[1]))
     return Vocabulary(order, keep_gaps(pattern or O200K_PATTERN), tuple(Added(t, i) for t, i in special.items()))
 
+# %% ../nbs/02_tokenizer.ipynb #8543d05b
 def load_tokenizer(path:str|Path, # a folder, a tokenizer.json or a .tiktoken file
                    pattern:str|None=None, special:dict[str, int]|None=None # for .tiktoken files only
                   )->Tokenizer:
@@ -301,5 +309,6 @@ def load_tokenizer(path:str|Path, # a folder, a tokenizer.json or a .tiktoken fi
     path = Path(path)
     files = [file for file in [path, path/"tokenizer.json", *sorted(path.glob("*.tiktoken"))] if file.is_file()]
     require(files, f"{path}: expected a tokenizer.json or a .tiktoken file")
-    try: return Tokenizer(read_json(files[0]) if files[0].suffix == ".json" else read_tiktoken(files[0], pattern, special))
-    except TokenizerError as e: raise TokenizerError(f"{files[0]}: {e}") from None
+    file = files[0]
+    try: return Tokenizer(read_json(file) if file.suffix == ".json" else read_tiktoken(file, pattern, special))
+    except TokenizerError as e: raise TokenizerError(f"{file}: {e}") from None
