@@ -250,7 +250,7 @@ class Scheduler(Queues):
         "Note what a step computed and what was sampled"
         if step.sampling is not step.requests: advance(step, self.pool)
         events = []
-        for r, token in zip(step.sampling, ids):
+        for r, token in zip(step.sampling, ids, strict=True):
             tokens = r.tokens
             r.num_computed = n = len(tokens)
             tokens.append(token)
