@@ -120,5 +120,6 @@ def test_the_text_is_what_openai_harmony_writes():
         s = replace(s, style="harmony")
         prompt = oh.Conversation.from_messages([*head(s), *(x for m in s.messages[:-1] for x in said(m))])
         want = enc.decode(enc.render_conversation_for_completion(prompt, oh.Role.ASSISTANT))
-        want = want.removesuffix("<|start|>assistant") + "".join(enc.decode(enc.render(x)) for x in said(s.messages[-1]))
+        want = want.removesuffix("<|start|>assistant")
+        want += "".join(enc.decode(enc.render(x)) for x in said(s.messages[-1]))
         assert text(s).replace("<|return|>", "<|end|>") == want
