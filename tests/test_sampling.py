@@ -4,8 +4,8 @@ from types import SimpleNamespace
 from hypothesis import given, reject, settings, strategies as st
 import pytest
 import torch
-from simplellm.sampling import (SamplingParams, bad_word_ids, banned_ids, check_vocab, make_sampling, philox, sample,
-                                top_logprobs, uniform)
+from simplellm.sampling import (SamplingParams, as_uniform, bad_word_ids, banned_ids, check_vocab, draw,
+                                make_sampling, philox, sample, top_logprobs)
 
 V = 24
 
@@ -24,9 +24,16 @@ def py_philox(counter, key):
         k0, k1 = (k0 + 0x9E3779B9) % 2**32, (k1 + 0xBB67AE85) % 2**32
     return c
 
-def py_uniform(seed, position):
-    word = py_philox([position, 0, 0, 0], [seed % 2**32, (seed >> 32) % 2**32])[0]
-    return (word if word < 2**31 else 2**32 - 1 - word) * 4.6566127342e-10
+def py_uniform(word): return min((word + 0.5) / 2**32, 1 - 2**-24)
+
+def py_scramble(x):
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)): x = (x ^ x >> shift) * factor % 2**32
+    return x ^ x >> 16
+
+def py_times(seed, position, n):
+    "How long each of n tokens waits"
+    a, b = py_philox([position, 0, 0, 0], [seed % 2**32, (seed >> 32) % 2**32])[:2]
+    return [-math.log1p(-py_uniform(py_scramble(py_scramble((i + a) % 2**32) ^ b))) for i in range(n)]
 
 def py_edit(logits, r):
     "Every wish about single tokens, in vLLM's order"
@@ -61,11 +68,9 @@ def py_sample(logits, r):
     x = py_edit(logits, r)
     if r.params.greedy: return x.index(max(x))
     w = py_weights(x, r.params)
-    target, mass = py_uniform(r.seed, len(r.tokens)) * sum(w), 0.0
-    for i, v in enumerate(w):
-        mass += v
-        if abs(mass - target) < 1e-5 * sum(w): reject()
-        if mass > target: return i
+    arrivals = sorted((t / v, i) for i, (t, v) in enumerate(zip(py_times(r.seed, len(r.tokens), len(w)), w)) if v)
+    if len(arrivals) > 1 and arrivals[1][0] - arrivals[0][0] < 1e-4 * arrivals[1][0]: reject()
+    return arrivals[0][1]
 
 ids = st.lists(st.integers(0, V - 1), min_size=1, max_size=6, unique=True)
 wishes = st.fixed_dictionaries({}, optional=dict(
@@ -100,8 +105,9 @@ def test_neighbours_do_not_matter(batch, seed, rng):
 @given(st.integers(-2**63, 2**63 - 1), st.integers(0, 2**31 - 1),
        st.lists(st.integers(0, 2**32 - 1), min_size=6, max_size=6))
 def test_philox(seed, position, words):
-    u = float(uniform(torch.tensor([seed]), torch.tensor([position])))
-    assert u == pytest.approx(py_uniform(seed, position), abs=2e-7) and 0 <= u < 1
+    bits, expected = draw(torch.tensor([seed]), torch.tensor([position])), py_philox([position, 0, 0, 0], [seed % 2**32, (seed >> 32) % 2**32])
+    assert [int(x) for x in bits] == expected[:2]
+    assert float(as_uniform(bits[0])) == pytest.approx(py_uniform(expected[0]), rel=1e-6)
     assert [int(x) for x in philox(*[[torch.tensor(w) for w in part] for part in (words[:4], words[4:])])] == \
            py_philox(words[:4], words[4:])
 
