@@ -18,7 +18,7 @@ from .chat import encode_chat, is_harmony
 from .config import EngineConfig
 from .engine import Chunk, Engine, RequestOutput, fail_job, make_job
 from .models import load_model, tiny_path
-from .sampling import SamplingParams
+from .sampling import SamplingParams, Unasked
 from .tokenizer import load_tokenizer
 from .transformer import Transformer
 
@@ -195,6 +195,7 @@ def list_prompts(prompts)->list: # of texts, lists of ids, or dicts
 
 def list_conversations(messages)->list: # of lists of messages
     "One conversation or many, as a list"
+    if not isinstance(messages, (list, tuple)): raise TypeError(f"messages: expected a list of messages, got {messages!r}")
     return [messages] if messages and isinstance(messages[0], dict) else list(messages)
 
 def list_params(given, # SamplingParams, a list of them, or None
@@ -261,18 +262,16 @@ def read_chat(llm, messages:list[dict], options:dict)->tuple[str, list[int]]: # 
 # %% ../nbs/28_async_engine.ipynb #36a2c7d5
 def make_jobs(llm, # an LLM
               prompts:list[tuple], # (text, ids) of each
-              given, # sampling_params as the caller gave them
-              changes:dict, # sampling parameters by name
+              params:list[SamplingParams], # one for each
               **how # chat, stream: see `make_job`
              )->list:
     "A checked job for every prompt"
-    params = list_params(given, len(prompts), llm.defaults, changes)
     return [make_job(llm.engine, ids, p, text, **how) for (text, ids), p in zip(prompts, params)]
 
-def chat_jobs(llm, conversations:list, given, changes:dict, prompt:dict, **how)->list:
-    "A checked job for every conversation; without a limit from the caller a reply may be as long as the model allows"
-    if given is None: changes = dict(max_tokens=None) | changes
-    return make_jobs(llm, [read_chat(llm, m, prompt) for m in conversations], given, changes, chat=llm.template is None, **how)
+def chat_jobs(llm, conversations:list, params:list[SamplingParams], prompt:dict, **how)->list: # options of the chat format
+    "A checked job for every conversation; unless a limit was asked for, a reply may be as long as the model allows"
+    params = [replace(p, max_tokens=None) if isinstance(p.max_tokens, Unasked) else p for p in params]
+    return make_jobs(llm, [read_chat(llm, m, prompt) for m in conversations], params, chat=llm.template is None, **how)
 
 def start(llm, jobs:list, use_tqdm:bool|None)->Generation:
     "Submit, and return at once"
@@ -290,12 +289,13 @@ class Asking:
                  **params # sampling parameters by name
                 )->Generation:
         "Complete prompts"
-        return start(self, make_jobs(self, [read_prompt(self.tokenizer, p) for p in list_prompts(prompts)], sampling_params, params), use_tqdm)
+        read = [read_prompt(self.tokenizer, p) for p in list_prompts(prompts)]
+        return start(self, make_jobs(self, read, list_params(sampling_params, len(read), self.defaults, params)), use_tqdm)
 
     def stream(self, prompt, sampling_params=None, *, timeout:float|None=None, **params)->Stream: # seconds for each piece
         "Complete one prompt, piece by piece"
-        jobs = make_jobs(self, [read_prompt(self.tokenizer, prompt)], sampling_params, params, stream=True)
-        return Stream(self, *submit(self.worker, jobs), timeout)
+        params = list_params(sampling_params, 1, self.defaults, params)
+        return Stream(self, *submit(self.worker, make_jobs(self, [read_prompt(self.tokenizer, prompt)], params, stream=True)), timeout)
 
     def chat(self,
              messages:list, # a conversation in OpenAI's format, or a list of them
@@ -305,15 +305,14 @@ class Asking:
              date:str|None=None, # today, for the system message
              use_tqdm:bool|None=None, **params)->Generation: # as in `generate`
         "Answer conversations"
-        prompt = dict(tools=tools, reasoning_effort=reasoning_effort, date=date)
-        return start(self, chat_jobs(self, list_conversations(messages), sampling_params, params, prompt), use_tqdm)
+        talks, prompt = list_conversations(messages), dict(tools=tools, reasoning_effort=reasoning_effort, date=date)
+        return start(self, chat_jobs(self, talks, list_params(sampling_params, len(talks), self.defaults, params), prompt), use_tqdm)
 
     def chat_stream(self, messages:list[dict], sampling_params=None, *, tools=None, reasoning_effort:str="medium", date=None,
                     timeout:float|None=None, **params)->Stream: # as in `chat` and `stream`
         "Answer one conversation, piece by piece"
-        prompt = dict(tools=tools, reasoning_effort=reasoning_effort, date=date)
-        jobs = chat_jobs(self, [messages], sampling_params, params, prompt, stream=True)
-        return Stream(self, *submit(self.worker, jobs), timeout)
+        prompt, params = dict(tools=tools, reasoning_effort=reasoning_effort, date=date), list_params(sampling_params, 1, self.defaults, params)
+        return Stream(self, *submit(self.worker, chat_jobs(self, [messages], params, prompt, stream=True)), timeout)
 
 # %% ../nbs/28_async_engine.ipynb #4566a1ee
 class LLM(Asking):

@@ -213,6 +213,9 @@ def test_chat(llm):
     assert "".join(c.text for c in news if c.channel == "analysis") == "2 and 2"
     assert "".join(c.text for c in news if c.channel == "final") == "It is four." and news[-1].finish_reason == "stop"
     assert [o.text for o in llm.chat([QUESTION, QUESTION * 2])] == ["It is four."] * 2
+    assert llm.chat(QUESTION, SamplingParams(temperature=0))[0].text == "It is four." # nobody asked for a limit
+    assert llm.chat(QUESTION, SamplingParams(max_tokens=16))[0].outputs[0].finish_reason == "length"
+    with pytest.raises(TypeError, match="messages"): llm.chat("2+2?")
 
 def test_chat_stop_string_counts_in_the_answer(llm):
     script(llm, REPLY)
