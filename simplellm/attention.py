@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['visible_mask', 'attention_dense', 'merge_attention', 'store_kv', 'last_slots', 'head_rows', 'gather_rows',
-           'hidden_keys', 'shares', 'attend_rows', 'row_groups', 'attend_mixed', 'paged_attention']
+           'hidden_keys', 'find_keys', 'shares', 'attend_rows', 'row_groups', 'cut_groups', 'attend_mixed',
+           'paged_attention']
 
 # %% ../nbs/07_attention.ipynb #94e78499
 import torch, torch.nn.functional as F
@@ -55,7 +56,7 @@ def store_kv(k:Tensor, # [T, kv_heads, D] keys of the step's tokens
             )->None:
     "Write new keys and values into their slots"
     for cache, new in ((k_cache, k), (v_cache, v)):
-        cache.view(-1, *cache.shape[2:]).index_copy_(0, slot_mapping, new.to(cache.dtype))
+        cache.view(-1, *cache.shape[2:]).index_put_((slot_mapping,), new.to(cache.dtype))
 
 # %% ../nbs/07_attention.ipynb #4e6bad98
 def last_slots(block_tables:Tensor, # [R, M] int32 blocks of each row
@@ -72,13 +73,13 @@ def last_slots(block_tables:Tensor, # [R, M] int32 blocks of each row
 # %% ../nbs/07_attention.ipynb #82f98dd4
 def head_rows(slots:Tensor, # [R, L] slots to read
               kv_heads:int # key/value heads in each
-             )->Tensor: # [R, kv_heads, L] rows of a cache seen as one matrix with D columns
+             )->Tensor: # [R*kv_heads, L] rows of a cache seen as one matrix with D columns
     "Slots for every head, sorted by head"
-    return slots[:, None] * kv_heads + torch.arange(kv_heads, device=slots.device)[:, None]
+    return (slots[:, None] * kv_heads + torch.arange(kv_heads, device=slots.device)[:, None]).flatten(0, 1)
 
 def gather_rows(cache:Tensor, # [blocks, block_size, kv_heads, D] one layer's cache
-                rows:Tensor # [R, kv_heads, L] from `head_rows`
-               )->Tensor: # [R, kv_heads, L, D] float32
+                rows:Tensor # [R*kv_heads, L] from `head_rows`
+               )->Tensor: # [R*kv_heads, L, D] float32
     "Read out of a paged cache"
     return F.embedding(rows, cache.view(-1, cache.shape[3])).float()
 
@@ -87,11 +88,23 @@ def hidden_keys(missing:Tensor, # [R, L] True where a row is shorter than L
                 n:int, # new tokens per row
                 group:int, # query heads per key head
                 window:int|None=None # keys a query sees, itself included
-               )->Tensor: # [R, 1, 1 or n*group, L] True where a key must not be seen
+               )->Tensor: # [R, 1 or n*group, L] True where a key must not be seen
     "The mask of `attend_rows`; a single new token sees all that exists"
-    missing = missing[:, None, None]
+    missing = missing[:, None]
     if n == 1: return missing
     return missing | ~visible_mask(n, missing.shape[-1], window, missing.device).repeat_interleave(group, dim=0)
+
+# %% ../nbs/07_attention.ipynb #d9670146
+def find_keys(block_tables:Tensor, # [R, M] int32
+              seq_lens:Tensor, # [R] int32
+              size:int, # keys per row
+              cache:Tensor, # [blocks, block_size, kv_heads, D] of any layer
+              *mask # n, group, window of `hidden_keys`
+             )->tuple[Tensor,Tensor]: # rows for `gather_rows`, and [R*kv_heads, 1 or n*group, size]: -inf where hidden, else 0
+    "Where the keys of each row and head lie, and which must not be seen"
+    slots, missing = last_slots(block_tables, seq_lens, size, cache.shape[1])
+    hidden = hidden_keys(missing, *mask)[:, None].expand(-1, cache.shape[2], -1, -1)  # the same for each head
+    return head_rows(slots, cache.shape[2]), torch.where(hidden, -torch.inf, 0.0).flatten(0, 1)
 
 # %% ../nbs/07_attention.ipynb #27e7b332
 def shares(scores:Tensor, # [R, kv_heads, n*G, L]
@@ -112,19 +125,21 @@ def attend_rows(q:Tensor, # [R, n, heads, D]: rows with n new tokens each
                 scale:float, # multiplies the scores
                 window:int|None=None, # keys a query sees, itself included
                 sinks:Tensor|None=None, # [heads]
-                return_lse:bool=False # also the log-sum-exp?
+                return_lse:bool=False, # also the log-sum-exp?
+                memo:dict|None=None # what earlier layers of the same step found out
                )->tuple[Tensor,Tensor|None]: # [R, n, heads, D] and lse [R, n, heads], float32
     "Attention of rows that have equally many new tokens"
     R, n, heads, D = q.shape
-    kv_heads, L = k_cache.shape[2], max_k if window is None else min(max_k, n - 1 + window)
-    slots, missing = last_slots(block_tables, seq_lens, L, k_cache.shape[1])
-    rows = head_rows(slots, kv_heads)
-    k, v = gather_rows(k_cache, rows), gather_rows(v_cache, rows)  # [R, kv_heads, L, D]
-    q = (q.float() * scale).view(R, n, kv_heads, -1, D).transpose(1, 2).flatten(2, 3)  # [R, kv_heads, n*G, D]
-    scores = (q @ k.mT).masked_fill_(hidden_keys(missing, n, heads // kv_heads, window), -torch.inf)
+    kv_heads, size = k_cache.shape[2], max_k if window is None else min(max_k, n - 1 + window)
+    key, memo = (window, n, heads, *k_cache.shape[1:3]), {} if memo is None else memo
+    if key not in memo:
+        memo[key] = find_keys(block_tables, seq_lens, size, k_cache, n, heads // kv_heads, window)
+    k, v = (gather_rows(cache, memo[key][0]) for cache in (k_cache, v_cache))  # [R*kv_heads, size, D]
+    q = q.float().view(R, n, kv_heads, -1, D).transpose(1, 2).reshape(R * kv_heads, -1, D)  # [.., n*G, D]
+    scores = torch.baddbmm(memo[key][1], q, k.mT, alpha=scale).view(R, kv_heads, -1, size)
     unfold = lambda x: x.view(R, kv_heads, n, -1, x.shape[-1]).transpose(1, 2).flatten(2, 3)
     lse = unfold(scores.logsumexp(-1, keepdim=True))[..., 0] if return_lse else None
-    return unfold(shares(scores, sinks) @ v), lse
+    return unfold(shares(scores, sinks).flatten(0, 1).bmm(v)), lse
 
 # %% ../nbs/07_attention.ipynb #3dca6a3c
 def row_groups(cu_seqlens_q:Tensor # [R+1] int32 where each row's new tokens begin
@@ -136,26 +151,35 @@ def row_groups(cu_seqlens_q:Tensor # [R+1] int32 where each row's new tokens beg
     return ([(ones, 1)] if ones else []) + [([r], n) for r, n in enumerate(counts) if n > 1]
 
 # %% ../nbs/07_attention.ipynb #b63aec04
+def cut_groups(block_tables:Tensor, seq_lens:Tensor, cu_seqlens_q:Tensor, max_k:int # as in `attend_mixed`
+              )->list[tuple]: # tokens [rows, n]; block tables, lengths and longest; a memo of the group's own
+    "What `attend_rows` needs to know of each group"
+    groups = []
+    for rows, n in row_groups(cu_seqlens_q):
+        tokens = cu_seqlens_q[rows, None] + torch.arange(n, device=seq_lens.device)
+        longest = max_k if n == 1 else int(seq_lens[rows[0]])
+        groups.append((tokens, (block_tables[rows], seq_lens[rows], longest), {}))
+    return groups
+
+# %% ../nbs/07_attention.ipynb #04f41064
 def attend_mixed(q:Tensor, # [T, heads, D] queries of all new tokens, row after row
                  k_cache:Tensor, v_cache:Tensor, # [blocks, block_size, kv_heads, D]
                  block_tables:Tensor, # [R, M] int32
                  seq_lens:Tensor, # [R] int32
                  cu_seqlens_q:Tensor, # [R+1] int32 where each row's queries begin in q
                  max_k:int, # the most tokens of any row
+                 memo:dict, # what earlier layers of the same step found out
                  *rest # scale, window, sinks, return_lse
                 )->tuple[Tensor,Tensor]: # [T, heads, D] and lse [T, heads], float32
     "`attend_rows` for rows with different numbers of new tokens"
     out, lse = torch.zeros_like(q, dtype=torch.float32), q.new_zeros(q.shape[:2], dtype=torch.float32)
-    for rows, n in row_groups(cu_seqlens_q):
-        tokens = (cu_seqlens_q[rows, None] + torch.arange(n, device=q.device)).flatten()
-        longest = max_k if n == 1 else int(seq_lens[rows[0]])
-        some = block_tables[rows], seq_lens[rows], longest
-        o, l = attend_rows(q[tokens].unflatten(0, (-1, n)), k_cache, v_cache, *some, *rest)
-        out[tokens] = o.flatten(0, 1)
-        if l is not None: lse[tokens] = l.flatten(0, 1)
+    if "groups" not in memo: memo["groups"] = cut_groups(block_tables, seq_lens, cu_seqlens_q, max_k)
+    for tokens, rows, own in memo["groups"]:
+        out[tokens], l = attend_rows(q[tokens], k_cache, v_cache, *rows, *rest, own)
+        if l is not None: lse[tokens] = l
     return out, lse
 
-# %% ../nbs/07_attention.ipynb #f7066cc1
+# %% ../nbs/07_attention.ipynb #402cef75
 def paged_attention(q:Tensor, # [T, heads, D] queries of all new tokens, row after row
                     k_cache:Tensor, v_cache:Tensor, # [blocks, block_size, kv_heads, D], new tokens already stored
                     block_tables:Tensor, # [R, M] int32 blocks of each row
@@ -165,11 +189,13 @@ def paged_attention(q:Tensor, # [T, heads, D] queries of all new tokens, row aft
                     scale:float, # multiplies the scores, usually D**-0.5
                     window:int|None=None, # keys a query sees, itself included; None = all
                     sinks:Tensor|None=None, # [heads] one learned score per head
-                    return_lse:bool=False # also the log-sum-exp [T, heads], sink not included?
+                    return_lse:bool=False, # also the log-sum-exp [T, heads], sink not included?
+                    memo:dict|None=None # filled by the first layer of a step for the others; kernels may ignore it
                    )->Tensor: # [T, heads, D]
     "Attention of a mixed batch over a paged cache"
-    shared, rest = (k_cache, v_cache, block_tables, seq_lens), (max_k, scale, window, sinks, return_lse)
-    if max_q == 1: out, lse = (t if t is None else t[:, 0] for t in attend_rows(q[:, None], *shared, *rest))
-    else: out, lse = attend_mixed(q, *shared, cu_seqlens_q, *rest)
+    shared, rest = (k_cache, v_cache, block_tables, seq_lens), (scale, window, sinks, return_lse)
+    if max_q == 1:
+        out, lse = (t if t is None else t[:, 0] for t in attend_rows(q[:, None], *shared, max_k, *rest, memo))
+    else: out, lse = attend_mixed(q, *shared, cu_seqlens_q, max_k, {} if memo is None else memo, *rest)
     out = out.to(q.dtype)
     return (out, lse) if return_lse else out

@@ -6,7 +6,7 @@
 __all__ = ['Batch', 'pad_tables', 'wanted_rows', 'make_batch']
 
 # %% ../nbs/17_batch.ipynb #fa60831d
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 import numpy as np, torch
 from torch import Tensor
@@ -24,6 +24,7 @@ class Batch:
     logits_rows:Tensor # [N] int64 which of the T tokens need logits
     max_q:int # most new tokens of any row; 1 = all rows decode
     max_k:int # most tokens of any row
+    memo:dict=field(default_factory=dict, repr=False) # what one layer finds out and the others need
 
     def __len__(self): return len(self.token_ids)
 

@@ -57,7 +57,7 @@ def split_heads(qkv:Tensor, # [T, (heads + 2*kv_heads)*D]
                 group:int # query heads per key head
                )->tuple[Tensor,Tensor,int]: # queries and keys [T, heads + kv_heads, D], values [T, kv_heads, D], heads
     "The parts of a fused projection"
-    x = qkv.unflatten(-1, (-1, head_dim))
+    x = qkv.view(len(qkv), -1, head_dim)
     kv_heads = x.shape[1] // (group + 2)
     return x[:, :-kv_heads], x[:, -kv_heads:], group * kv_heads
 
@@ -78,7 +78,7 @@ def attention_layer(x:Tensor, # [T, H] normalized
     q, k = ops.apply_rope(qk, batch.positions, rope).split([heads, v.shape[1]], dim=1)
     ops.store_kv(k, v, k_cache, v_cache, batch.slot_mapping)
     out = ops.attention(q, k_cache, v_cache, batch.block_tables, batch.seq_lens, batch.cu_seqlens_q,
-                        batch.max_q, batch.max_k, D ** -0.5, window, w.sinks)  # [T, heads, D]
+                        batch.max_q, batch.max_k, D ** -0.5, window, w.sinks, memo=batch.memo)  # [T, heads, D]
     return all_reduce(ops.linear(out.flatten(1), w.o_proj_weight, w.o_proj_bias))
 
 # %% ../nbs/19_layers.ipynb #6e4140a7

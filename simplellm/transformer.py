@@ -56,7 +56,7 @@ class Transformer:
             x = attention_layer(x, a, batch, *kv.layer(i), self.rope, self.group, window, self.ops, self.sum)
             x, residual = norm(x, m.mlp_norm, eps, residual)
             x = moe_layer(x, m, self.config.top_k, self.activation, self.ops, self.sum)
-        x, _ = norm(x[batch.logits_rows], self.final_norm, eps, residual[batch.logits_rows])
+        x = norm((x + residual)[batch.logits_rows], self.final_norm, eps)
         return score_words(x, self.lm_head, self.ops, self.config.vocab_size, first, split)
 
 # %% ../nbs/20_transformer.ipynb #fe1f850e
