@@ -33,7 +33,8 @@ def clamped_swiglu(gate_up:torch.Tensor, # [..., 2*I], gate in the even channels
                   )->torch.Tensor: # [..., I]
     "gpt-oss's activation"
     gate, up = gate_up[..., ::2].clamp(max=limit), gate_up[..., 1::2].clamp(-limit, limit)
-    return gate * torch.sigmoid(alpha * gate) * (up + 1)
+    gate = gate * torch.sigmoid(alpha * gate)
+    return torch.addcmul(gate, gate, up)  # gate * (up + 1)
 
 # %% ../nbs/08_moe.ipynb #c480222a
 def pick(weight:torch.Tensor|MXFP4|None, # one entry per expert
@@ -92,11 +93,12 @@ def moe_dense(x:torch.Tensor, weights:torch.Tensor, ids:torch.Tensor, # as in `m
               down:torch.Tensor, down_bias:torch.Tensor|None, activation:Callable
              )->torch.Tensor:
     "The same sum over all experts, with weight 0 for those not picked"
-    def project(x, w, b): # [E, T, in] -> [E, T, out]
-        return x @ w.mT if b is None else torch.baddbmm(b[:, None], x, w.mT)
-    hidden = activation(project(x.expand(len(down), *x.shape), gate_up, gate_up_bias))  # [E, T, I]
-    all_weights = weights.new_zeros(len(x), len(down)).scatter_(1, ids, weights)  # [T, E]
-    return (project(hidden, down, down_bias) * all_weights.T[..., None]).sum(0).to(x.dtype)
+    (T, _), E = x.shape, len(down)
+    weights = torch.zeros(T, E, dtype=x.dtype, device=x.device).scatter_(1, ids, weights.to(x.dtype))
+    gate_up = F.linear(x, gate_up.flatten(0, 1), None if gate_up_bias is None else gate_up_bias.flatten())
+    hidden = activation(gate_up.view(T, E, -1)) * weights[..., None]  # [T, E, I]
+    bias = x.new_zeros(()) if down_bias is None else weights @ down_bias
+    return torch.addbmm(bias, hidden.transpose(0, 1), down.mT)  # summed over the experts
 
 # %% ../nbs/08_moe.ipynb #46ab9867
 def moe(x:torch.Tensor, # [T, H]
