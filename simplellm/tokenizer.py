@@ -12,7 +12,7 @@ __all__ = ['GPT2_PATTERN', 'O200K_PATTERN', 'HARMONY_SPECIAL', 'TokenizerError',
 import base64, gc, json, re, unicodedata
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 import tiktoken
 
@@ -60,7 +60,7 @@ def listed_fully(vocab:dict[str, int], # mergeable tokens, single bytes included
                  pairs:set[tuple[str, str]] # the merges
                 )->bool: # whether every way to cut a token into two tokens is a merge
     "Pair ranks and token ranks are the same rule"
-    cuts = sum(token[:i] in vocab and token[i:] in vocab for token in vocab for i in range(1, len(token)))
+    cuts = sum(1 for token in vocab for i in range(1, len(token)) if token[i:] in vocab and token[:i] in vocab)
     return cuts == len(pairs)
 
 # %% ../nbs/02_tokenizer.ipynb #2c0441bd
@@ -82,7 +82,7 @@ def merge_order(vocab:dict[str, int], # every token of the model section, with i
     "The vocabulary that tiktoken can merge, or a `TokenizerError` if it would merge it differently"
     made, pairs = [a + b for a, b in merges], set(merges)
     order = dict.fromkeys(_chars) | dict.fromkeys(made)
-    lost = (order.keys() | {part for pair in merges for part in pair}) - vocab.keys()
+    lost = (order.keys() | set(chain.from_iterable(pairs))) - vocab.keys()
     require(not lost, f"vocabulary lacks {len(lost)} of the 256 bytes and merged tokens, such as {sorted(lost)[:5]}")
     require(sum(a != b for a, b in pairwise(made)) == max(len(set(made))-1, 0), "merges of one token are scattered, "
             "expected side by side")
@@ -199,13 +199,10 @@ def read_vocabulary(data:dict # parsed tokenizer.json
 # %% ../nbs/02_tokenizer.ipynb #41dfbec4
 def read_json(path:Path)->Vocabulary:
     "A Hugging Face tokenizer.json"
-    was_on = gc.isenabled()
-    gc.disable()
     try: return read_vocabulary(json.loads(path.read_bytes()))
     except TokenizerError: raise
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise TokenizerError(f"not a tokenizer description: {type(e).__name__}: {e}") from e
-    finally: was_on and gc.enable()
 
 # %% ../nbs/02_tokenizer.ipynb #fd20da10
 def finder(tokens:Iterable[Added])->re.Pattern|None:
@@ -232,9 +229,8 @@ def cut_added(text:str, early:re.Pattern|None, late:re.Pattern|None, # finders f
 # %% ../nbs/02_tokenizer.ipynb #20a417d9
 def byte_table(v:Vocabulary)->list[bytes]: # index = id
     "The bytes of every id; ids that no token owns have none"
-    own = [*((i, token) for token, i in v.tokens.items()), *((i, token) for token, i in v.unmerged)]
-    table = dict(own)
-    require(len(table) == len(own), "vocabulary: two tokens share an id")
+    table = {i: token for token, i in v.tokens.items()} | {i: token for token, i in v.unmerged}
+    require(len(table) == len(v.tokens) + len(v.unmerged), "vocabulary: two tokens share an id")
     table |= {token.id: token.text.encode() for token in v.added}
     require(min(table) >= 0, f"vocabulary: negative id {min(table)}")
     return [table.get(i, b"") for i in range(max(table) + 1)]
@@ -309,6 +305,9 @@ def load_tokenizer(path:str|Path, # a folder, a tokenizer.json or a .tiktoken fi
     path = Path(path)
     files = [file for file in [path, path/"tokenizer.json", *sorted(path.glob("*.tiktoken"))] if file.is_file()]
     require(files, f"{path}: expected a tokenizer.json or a .tiktoken file")
-    file = files[0]
+    file, was_on = files[0], gc.isenabled()
+    gc.disable()
     try: return Tokenizer(read_json(file) if file.suffix == ".json" else read_tiktoken(file, pattern, special))
     except TokenizerError as e: raise TokenizerError(f"{file}: {e}") from None
+    finally:
+        if was_on: gc.enable()

@@ -2,6 +2,7 @@
 import json, os, random, time
 from pathlib import Path
 import pytest
+import simplellm
 from simplellm.tokenizer import (GPT2_PATTERN, HARMONY_SPECIAL, O200K_PATTERN, TokenizerError, load_tokenizer,
                                  read_vocabulary, Tokenizer)
 
@@ -168,6 +169,13 @@ def test_single_merges_of_o200k():
     data = json.loads(trained(split(O200K_PATTERN)).to_str()) | dict(model=model, added_tokens=[])
     ours, theirs, rng = Tokenizer(read_vocabulary(data)), hf.Tokenizer.from_str(json.dumps(data)), random.Random(8)
     assert_same(ours, theirs, [random_text(rng) for _ in range(1000)])
+
+def test_shipped_tokenizer():
+    "The vocabulary that comes with the package"
+    folder = Path(simplellm.__file__).parent/"tiny"
+    if not (folder/"tokenizer.json").is_file(): pytest.skip("the package holds no tiny model")
+    theirs, rng = hf.Tokenizer.from_file(str(folder/"tokenizer.json")), random.Random(9)
+    assert_same(load_tokenizer(folder), theirs, [random_text(rng) for _ in range(10_000)])
 
 def test_errors_name_the_file(tmp_path):
     with pytest.raises(TokenizerError, match="expected a tokenizer.json"): load_tokenizer(tmp_path)
