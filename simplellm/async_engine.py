@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Channel', 'EngineDead', 'Pending', 'Worker', 'submit', 'cancel', 'stop', 'Generation', 'Stream', 'list_prompts',
-           'list_conversations', 'list_params', 'find_tokenizer', 'find_template', 'default_params', 'progress',
-           'read_prompt', 'read_chat', 'make_jobs', 'chat_jobs', 'start', 'Asking', 'LLM']
+           'list_conversations', 'read_prompt', 'read_chat', 'list_params', 'default_params', 'find_tokenizer',
+           'find_template', 'progress', 'make_jobs', 'chat_jobs', 'start', 'Asking', 'LLM']
 
 # %% ../nbs/28_async_engine.ipynb #8fa1ae73
 import asyncio, json, queue, threading, weakref
@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from tqdm import tqdm
 from .chat import encode_chat, is_harmony
-from .config import EngineConfig
+from .config import EngineConfig, check
 from .engine import Chunk, Engine, RequestOutput, fail_job, make_job
 from .models import load_model, tiny_path
 from .sampling import SamplingParams, Unasked
@@ -46,9 +46,10 @@ class Channel:
 # %% ../nbs/28_async_engine.ipynb #dec4a950
 class EngineDead(RuntimeError): "The engine was closed, or its model failed"
 
+# %% ../nbs/28_async_engine.ipynb #54b245d8
 class Pending:
     "What the engine's thread owes to one caller"
-    def __init__(self, job): # from `Engine.make`
+    def __init__(self, job): # from `make_job`
         self.job, self.future, self.chunks = job, Future(), Channel() if job.stream else None
         self.future.set_running_or_notify_cancel() # from here on only the engine ends it
 
@@ -103,7 +104,7 @@ class Worker:
 
 # %% ../nbs/28_async_engine.ipynb #851275d9
 def submit(worker:Worker,
-           jobs:list # from `Engine.make`
+           jobs:list # from `make_job`
           )->list[Pending]:
     "Queue jobs, all or none"
     pending = [Pending(j) for j in jobs]
@@ -114,8 +115,9 @@ def submit(worker:Worker,
             worker.inbox.put((worker.add, p.job))
     return pending
 
+# %% ../nbs/28_async_engine.ipynb #86b67255
 def cancel(worker:Worker,
-           ids:list[str] # requests; those already done are passed over
+           ids:list[str]|None # requests, None = all; those already done are passed over
           )->None:
     "End requests where they are; they answer with what they have, finish_reason 'abort'"
     worker.inbox.put((lambda: worker.deliver(worker.engine.abort(ids)),))
@@ -125,8 +127,8 @@ def stop(worker:Worker,
          timeout:float|None=None # seconds to wait for the thread
         )->None:
     "Refuse what comes from now on, then end the thread"
-    if not drain: cancel(worker, None)
     with worker.lock: worker.refusal = worker.refusal or "the engine is closed"
+    if not drain: cancel(worker, None)
     worker.inbox.put((bool,)) # wakes the thread
     if threading.current_thread() is not worker.thread: worker.thread.join(timeout)
 
@@ -198,6 +200,29 @@ def list_conversations(messages)->list: # of lists of messages
     if not isinstance(messages, (list, tuple)): raise TypeError(f"messages: expected a list of messages, got {messages!r}")
     return [messages] if messages and isinstance(messages[0], dict) else list(messages)
 
+# %% ../nbs/28_async_engine.ipynb #bee9e9ff
+def read_prompt(tokenizer, # None = token ids only
+                prompt # a text, token ids, or vLLM's dict with `prompt` or `prompt_token_ids`
+               )->tuple[str|None, list[int]]: # its text, its ids
+    "One prompt as token ids; special tokens written in a raw prompt are special"
+    if isinstance(prompt, dict):
+        found = prompt.get("prompt_token_ids", prompt.get("prompt"))
+        if found is None: raise ValueError(f"prompt: expected `prompt` or `prompt_token_ids` in {prompt!r}")
+        prompt = found
+    if isinstance(prompt, str):
+        if tokenizer is None: raise ValueError("prompt: a text needs a tokenizer; without one, give token ids")
+        return prompt, tokenizer.encode(prompt, allow_special=True)
+    if not isinstance(prompt, (list, tuple)): raise TypeError(f"prompt: expected a text or token ids, got {prompt!r}")
+    return None, prompt
+
+# %% ../nbs/28_async_engine.ipynb #f9835f2b
+def read_chat(llm, messages:list[dict], options:dict)->tuple[str, list[int]]: # as `read_prompt`
+    "One conversation as token ids"
+    if llm.tokenizer is None: raise ValueError("messages: a chat needs a tokenizer")
+    ids = encode_chat(llm.tokenizer, messages, template=llm.template, **options)
+    return llm.tokenizer.decode(ids), ids
+
+# %% ../nbs/28_async_engine.ipynb #36a2c7d5
 def list_params(given, # SamplingParams, a list of them, or None
                 count:int, # prompts
                 default:SamplingParams, # where nothing is given
@@ -210,7 +235,15 @@ def list_params(given, # SamplingParams, a list of them, or None
         if not isinstance(p, SamplingParams | None): raise TypeError(f"sampling_params: expected SamplingParams, got {p!r}")
     return [replace(p or default, **changes) if changes else p or default for p in listed]
 
-# %% ../nbs/28_async_engine.ipynb #bee9e9ff
+# %% ../nbs/28_async_engine.ipynb #9e5931c3
+def default_params(folder:Path)->SamplingParams:
+    "What the checkpoint's generation_config.json recommends, as in vLLM"
+    file = folder/"generation_config.json"
+    given = json.loads(file.read_text()) if file.exists() else {}
+    known = {k: given[k] for k in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty") if given.get(k) is not None}
+    return SamplingParams(**known | (dict(temperature=0.0) if given.get("do_sample") is False else {}))
+
+# %% ../nbs/28_async_engine.ipynb #582fb6fd
 def find_tokenizer(source): # a Tokenizer, a path, or None
     "The tokenizer of an LLM"
     return load_tokenizer(source) if isinstance(source, (str, Path)) else source
@@ -221,13 +254,7 @@ def find_template(tokenizer, folder:Path|None)->str|None: # jinja2; None = harmo
     file = folder/"chat_template.jinja"
     return file.read_text() if file.exists() else None
 
-def default_params(folder:Path)->SamplingParams:
-    "What the checkpoint's generation_config.json recommends, as in vLLM"
-    file = folder/"generation_config.json"
-    given = json.loads(file.read_text()) if file.exists() else {}
-    known = {k: given[k] for k in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty") if given.get(k) is not None}
-    return SamplingParams(**known | (dict(temperature=0.0) if given.get("do_sample") is False else {}))
-
+# %% ../nbs/28_async_engine.ipynb #9460b749
 def progress(generation:Generation,
              show:bool|None # None = only on a terminal
             )->None:
@@ -239,27 +266,7 @@ def progress(generation:Generation,
         if bar.n >= bar.total: bar.close()
     for f in generation.futures: f.add_done_callback(moved)
 
-# %% ../nbs/28_async_engine.ipynb #f9835f2b
-def read_prompt(tokenizer, # None = token ids only
-                prompt # a text, token ids, or vLLM's dict with `prompt` or `prompt_token_ids`
-               )->tuple[str|None, list[int]]: # its text, its ids
-    "One prompt as token ids; special tokens written in a raw prompt are special"
-    if isinstance(prompt, dict):
-        if not {"prompt", "prompt_token_ids"} & prompt.keys(): raise ValueError(f"prompt: expected `prompt` or `prompt_token_ids` in {prompt!r}")
-        prompt = prompt.get("prompt_token_ids") or prompt["prompt"]
-    if isinstance(prompt, str):
-        if tokenizer is None: raise ValueError("prompt: a text needs a tokenizer; without one, give token ids")
-        return prompt, tokenizer.encode(prompt, allow_special=True)
-    if not isinstance(prompt, (list, tuple)): raise TypeError(f"prompt: expected a text or token ids, got {prompt!r}")
-    return None, prompt
-
-def read_chat(llm, messages:list[dict], options:dict)->tuple[str, list[int]]: # as `read_prompt`
-    "One conversation as token ids"
-    if llm.tokenizer is None: raise ValueError("messages: a chat needs a tokenizer")
-    ids = encode_chat(llm.tokenizer, messages, template=llm.template, **options)
-    return llm.tokenizer.decode(ids), ids
-
-# %% ../nbs/28_async_engine.ipynb #36a2c7d5
+# %% ../nbs/28_async_engine.ipynb #85c76c23
 def make_jobs(llm, # an LLM
               prompts:list[tuple], # (text, ids) of each
               params:list[SamplingParams], # one for each
@@ -268,11 +275,13 @@ def make_jobs(llm, # an LLM
     "A checked job for every prompt"
     return [make_job(llm.engine, ids, p, text, **how) for (text, ids), p in zip(prompts, params)]
 
+# %% ../nbs/28_async_engine.ipynb #cec27359
 def chat_jobs(llm, conversations:list, params:list[SamplingParams], prompt:dict, **how)->list: # options of the chat format
     "A checked job for every conversation; unless a limit was asked for, a reply may be as long as the model allows"
     params = [replace(p, max_tokens=None) if isinstance(p.max_tokens, Unasked) else p for p in params]
     return make_jobs(llm, [read_chat(llm, m, prompt) for m in conversations], params, chat=llm.template is None, **how)
 
+# %% ../nbs/28_async_engine.ipynb #cb7a9b06
 def start(llm, jobs:list, use_tqdm:bool|None)->Generation:
     "Submit, and return at once"
     generation = Generation(llm, submit(llm.worker, jobs))
@@ -325,6 +334,7 @@ class LLM(Asking):
                  skip_tokenizer_init:bool=False, # run by token ids only?
                  **options): # fields of EngineConfig
         self.engine_config = EngineConfig(**options)
+        check(self.engine_config.tensor_parallel_size == 1, "tensor_parallel_size", self.engine_config.tensor_parallel_size, "1")
         folder = None if isinstance(model, Transformer) else Path(model or tiny_path())
         self.model = load_model(folder, dtype, device) if folder else model
         self.tokenizer = None if skip_tokenizer_init else find_tokenizer(tokenizer or folder)

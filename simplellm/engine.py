@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SILENCE', 'Logprob', 'CompletionOutput', 'RequestOutput', 'Chunk', 'stop_list', 'NoReader', 'TextReader',
            'ChatReader', 'Choice', 'Job', 'check_prompt', 'check_text', 'cache_memory', 'plan_cache', 'Engine',
-           'make_job', 'chat_ends', 'make_reader', 'report', 'attempt', 'read_token', 'finish_choice', 'make_chunk',
-           'fail_job', 'readable', 'note_score', 'note_prompt']
+           'make_job', 'chat_ends', 'make_reader', 'make_chunk', 'readable', 'note_score', 'note_prompt',
+           'finish_choice', 'read_token', 'attempt', 'fail_job', 'report']
 
 # %% ../nbs/27_engine.ipynb #17c8ed39
 import itertools, random, torch
@@ -27,6 +27,7 @@ class Logprob:
     rank:int # 1 = the likeliest
     decoded_token:str|None=None # its text; None without a tokenizer
 
+# %% ../nbs/27_engine.ipynb #17317e14
 class _Text:
     "Outputs can be read as `o.text` and as `o['text']`"
     __slots__ = ()
@@ -45,7 +46,7 @@ class CompletionOutput(_Text):
     reasoning:str|None=None # chat: what was thought
     tool_calls:list[dict]|None=None # chat: functions to call
 
-# %% ../nbs/27_engine.ipynb #b8682632
+# %% ../nbs/27_engine.ipynb #70ae6579
 @dataclass(slots=True)
 class RequestOutput(_Text):
     "All that came of one prompt"
@@ -64,6 +65,7 @@ class RequestOutput(_Text):
     @property
     def tool_calls(self)->list[dict]|None: return self.outputs[0].tool_calls
 
+# %% ../nbs/27_engine.ipynb #134e330f
 @dataclass(slots=True)
 class Chunk(_Text):
     "News of one completion: some text, its end, or both"
@@ -98,6 +100,7 @@ class NoReader:
     def finish(self)->tuple: return SILENCE
     def result(self)->dict: return dict(text="")
 
+# %% ../nbs/27_engine.ipynb #5c28381a
 class TextReader(NoReader):
     "Reads a raw completion"
     def __init__(self, tokenizer, params:SamplingParams):
@@ -117,16 +120,17 @@ class TextReader(NoReader):
 class ChatReader(TextReader):
     "Reads a harmony reply: what was thought, what is said, which functions are called"
     def __init__(self, tokenizer, params:SamplingParams):
-        self.parts, self.shows_end = [], params.include_stop_str_in_output
+        self.parts, self.shows_end, self.where = [], params.include_stop_str_in_output, (None, None)
         self.parser, self.stops = HarmonyParser(tokenizer), StopStrings(stop_list(params))
 
     stopped = property(lambda self: self.stops.found)
     def feed(self, token:int, ends:bool=False, check_stop:bool=True): return self.read(self.parser.feed(token), check_stop)
 
     def read(self, delta:Delta|None, check_stop:bool=True):
-        if delta is None: return SILENCE
-        answers = delta.channel in ("final", None)
-        return self.keep(self.until_stop(delta.text, check_stop))[0] if answers else delta.text, delta.channel, delta.recipient
+        if delta is None: return "", *self.where
+        self.where, text = (delta.channel, delta.recipient), delta.text
+        if delta.channel in ("final", None): text, *_ = self.keep(self.until_stop(text, check_stop))
+        return text, *self.where
 
     def until_stop(self, text:str, check_stop:bool)->str:
         if self.stopped: return ""
@@ -154,6 +158,7 @@ class Choice:
     cumulative:float|None=None # sum of the sampled tokens' logprobs
     sent:int=0 # output tokens that a stream has seen
 
+# %% ../nbs/27_engine.ipynb #1ebaafa5
 @dataclass(slots=True, eq=False)
 class Job:
     "One prompt, its completions, and how the caller wants to hear of them"
@@ -185,6 +190,7 @@ def check_prompt(ids, # what is to be the prompt
     if not ids: raise ValueError("prompt: it is empty, expected at least one token")
     return ids
 
+# %% ../nbs/27_engine.ipynb #0db0521d
 def check_text(params:SamplingParams, tokenizer)->None:
     "Refuse parameters that speak of text where there is none"
     for name in ("stop", "bad_words"):
@@ -199,6 +205,7 @@ def cache_memory(device:torch.device,
     free, total = torch.cuda.mem_get_info(device)
     return int(total * utilization) - (total - free)
 
+# %% ../nbs/27_engine.ipynb #83e3176e
 def plan_cache(model, # a Transformer
                config:EngineConfig
               )->tuple[int, int, torch.dtype]: # blocks, longest sequence in tokens, dtype
@@ -275,6 +282,7 @@ def make_job(engine:Engine,
     engine.scheduler.check(first)
     return job
 
+# %% ../nbs/27_engine.ipynb #5aad43c7
 def chat_ends(tokenizer)->tuple[int, ...]:
     "Tokens that end a harmony reply"
     return tuple(tokenizer.special[t] for t in ("<|return|>", "<|call|>") if t in tokenizer.special)
@@ -284,33 +292,34 @@ def make_reader(tokenizer, params:SamplingParams, chat:bool):
     return NoReader() if tokenizer is None else (ChatReader if chat else TextReader)(tokenizer, params)
 
 # %% ../nbs/27_engine.ipynb #a13d77a1
-def report(engine:Engine, step:Step, output:Output)->list[tuple]: # (job id, news)
-    "Read the new tokens; collect what callers should hear"
-    news = []
-    for r, found in output.prompt_logprobs.items(): news += attempt(note_prompt, engine, r, *found)
-    for r, token in zip(step.sampling, output.ids): news += attempt(read_token, engine, r, token, output.logprobs.get(r))
-    return news
+def make_chunk(c:Choice, text:str, channel:str|None, recipient:str|None)->Chunk:
+    "What a stream has not seen yet"
+    start, c.sent = c.sent, c.request.num_output
+    return Chunk(c.job.id, c.index, text, c.request.tokens[c.request.num_prompt + start:], channel, recipient,
+                 c.logprobs and c.logprobs[start:])
 
-def attempt(f, # what to do for one completion; returns news
-            engine:Engine, r:Request, *args)->list[tuple]: # passed on to `f`
-    "Keep an error to the job that it belongs to"
-    c = engine.choices.get(r)
-    if c is None: return [] # its job failed a moment ago
-    try: return f(engine, c, *args)
-    except Exception as e: return fail_job(engine, c.job, e)
+# %% ../nbs/27_engine.ipynb #71bd3f06
+def readable(score:tuple, # ids, logprobs, rank from the runner
+             tokenizer)->dict[int, Logprob]:
+    "One position's log-probabilities in vLLM's shape"
+    ids, logprobs, rank = score
+    text = (lambda t: tokenizer.decode([t])) if tokenizer else (lambda t: None)
+    likeliest = {t: Logprob(p, i, text(t)) for i, (t, p) in enumerate(zip(ids, logprobs)) if i and t != ids[0]}
+    return {ids[0]: Logprob(logprobs[0], rank, text(ids[0]))} | likeliest
 
-def read_token(engine:Engine, c:Choice, token:int, score:tuple|None)->list[tuple]:
-    "One token of one completion: its text, and perhaps its end"
-    r = c.request
-    if score: note_score(c, score, engine.tokenizer)
-    told = c.reader.feed(token, r.finish_reason == "stop", r.num_output > r.params.min_tokens)
-    if c.reader.stopped is not None:
-        engine.scheduler.finish(r, "stop", c.reader.stopped)
-        r.finish_reason, r.stop_reason = "stop", c.reader.stopped
-    if r.status == "finished": return finish_choice(engine, c, told)
-    return [(c.job.id, make_chunk(c, *told))] if c.job.stream and (told[0] or score) else []
+# %% ../nbs/27_engine.ipynb #16cbce0a
+def note_score(c:Choice, score:tuple, tokenizer)->None:
+    "Keep how likely a sampled token was"
+    c.logprobs, c.cumulative = c.logprobs or [], (c.cumulative or 0.0) + score[1][0]
+    c.logprobs.append(readable(score, tokenizer))
 
-# %% ../nbs/27_engine.ipynb #0706cbfa
+def note_prompt(engine:Engine, c:Choice, first:int, scores:list[tuple])->list: # no news
+    "Keep how likely prompt tokens were; a preempted request computes some of them twice"
+    known = c.job.prompt_logprobs
+    known += [readable(s, engine.tokenizer) for s in scores[len(known) - first:]]
+    return []
+
+# %% ../nbs/27_engine.ipynb #e3fb74b1
 def finish_choice(engine:Engine, c:Choice, told:tuple=("", None, None))->list[tuple]: # its last token's news; news for the caller
     "A completion has ended, and with the last of its job the job"
     r, job, last = c.request, c.job, c.reader.finish()
@@ -322,11 +331,26 @@ def finish_choice(engine:Engine, c:Choice, told:tuple=("", None, None))->list[tu
     if len(job.outputs) == len(job.choices): news.append(engine.jobs.pop(job.id).result())
     return [(job.id, item) for item in news]
 
-def make_chunk(c:Choice, text:str, channel:str|None, recipient:str|None)->Chunk:
-    "What a stream has not seen yet"
-    start, c.sent = c.sent, c.request.num_output
-    return Chunk(c.job.id, c.index, text, c.request.tokens[c.request.num_prompt + start:], channel, recipient,
-                 c.logprobs and c.logprobs[start:])
+# %% ../nbs/27_engine.ipynb #0ec8d941
+def read_token(engine:Engine, c:Choice, token:int, score:tuple|None)->list[tuple]:
+    "One token of one completion: its text, and perhaps its end"
+    r = c.request
+    if score: note_score(c, score, engine.tokenizer)
+    told = c.reader.feed(token, r.finish_reason == "stop", r.num_output > r.params.min_tokens)
+    if c.reader.stopped is not None:
+        engine.scheduler.finish(r, "stop", c.reader.stopped)
+        r.finish_reason, r.stop_reason = "stop", c.reader.stopped
+    if r.status == "finished": return finish_choice(engine, c, told)
+    return [(c.job.id, make_chunk(c, *told))] if c.job.stream and (told[0] or score) else []
+
+# %% ../nbs/27_engine.ipynb #aed9a9d6
+def attempt(f, # what to do for one completion; returns news
+            engine:Engine, r:Request, *args)->list[tuple]: # passed on to `f`
+    "Keep an error to the job that it belongs to"
+    c = engine.choices.get(r)
+    if c is None: return [] # its job failed a moment ago
+    try: return f(engine, c, *args)
+    except Exception as e: return fail_job(engine, c.job, e)
 
 def fail_job(engine:Engine, job:Job, error:Exception)->list[tuple]:
     "End one job with an error"
@@ -336,22 +360,10 @@ def fail_job(engine:Engine, job:Job, error:Exception)->list[tuple]:
     engine.jobs.pop(job.id, None)
     return [(job.id, error)]
 
-# %% ../nbs/27_engine.ipynb #71bd3f06
-def readable(score:tuple, # ids, logprobs, rank from the runner
-             tokenizer)->dict[int, Logprob]:
-    "One position's log-probabilities in vLLM's shape"
-    ids, logprobs, rank = score
-    text = (lambda t: tokenizer.decode([t])) if tokenizer else (lambda t: None)
-    likeliest = {t: Logprob(p, i, text(t)) for i, (t, p) in enumerate(zip(ids, logprobs)) if i and t != ids[0]}
-    return {ids[0]: Logprob(logprobs[0], rank, text(ids[0]))} | likeliest
-
-def note_score(c:Choice, score:tuple, tokenizer)->None:
-    "Keep how likely a sampled token was"
-    c.logprobs, c.cumulative = c.logprobs or [], (c.cumulative or 0.0) + score[1][0]
-    c.logprobs.append(readable(score, tokenizer))
-
-def note_prompt(engine:Engine, c:Choice, first:int, scores:list[tuple])->list: # no news
-    "Keep how likely prompt tokens were; a preempted request computes some of them twice"
-    known = c.job.prompt_logprobs
-    known += [readable(s, engine.tokenizer) for s in scores[len(known) - first:]]
-    return []
+# %% ../nbs/27_engine.ipynb #0f541fbb
+def report(engine:Engine, step:Step, output:Output)->list[tuple]: # (job id, news)
+    "Read the new tokens; collect what callers should hear"
+    news = []
+    for r, found in output.prompt_logprobs.items(): news += attempt(note_prompt, engine, r, *found)
+    for r, token in zip(step.sampling, output.ids): news += attempt(read_token, engine, r, token, output.logprobs.get(r))
+    return news
