@@ -56,7 +56,7 @@ def store_kv(k:Tensor, # [T, kv_heads, D] keys of the step's tokens
             )->None:
     "Write new keys and values into their slots"
     for cache, new in ((k_cache, k), (v_cache, v)):
-        cache.view(-1, *cache.shape[2:]).index_put_((slot_mapping,), new.to(cache.dtype))
+        cache.view(-1, *cache.shape[2:]).index_copy_(0, slot_mapping, new.to(cache.dtype))
 
 # %% ../nbs/07_attention.ipynb #4e6bad98
 def last_slots(block_tables:Tensor, # [R, M] int32 blocks of each row
@@ -131,12 +131,13 @@ def attend_rows(q:Tensor, # [R, n, heads, D]: rows with n new tokens each
     "Attention of rows that have equally many new tokens"
     R, n, heads, D = q.shape
     kv_heads, size = k_cache.shape[2], max_k if window is None else min(max_k, n - 1 + window)
-    key, memo = (window, n, heads, *k_cache.shape[1:3]), {} if memo is None else memo
-    if key not in memo:
-        memo[key] = find_keys(block_tables, seq_lens, size, k_cache, n, heads // kv_heads, window)
-    k, v = (gather_rows(cache, memo[key][0]) for cache in (k_cache, v_cache))  # [R*kv_heads, size, D]
+    most, seen = (max_k, None) if n == 1 else (size, window)  # a lone token's window is the end of all its keys
+    key, memo = (seen, n, heads, *k_cache.shape[1:3]), {} if memo is None else memo
+    if key not in memo: memo[key] = find_keys(block_tables, seq_lens, most, k_cache, n, heads // kv_heads, seen)
+    lines, mask = (t[..., -size:] for t in memo[key])
+    k, v = (gather_rows(cache, lines) for cache in (k_cache, v_cache))  # [R*kv_heads, size, D]
     q = q.float().view(R, n, kv_heads, -1, D).transpose(1, 2).reshape(R * kv_heads, -1, D)  # [.., n*G, D]
-    scores = torch.baddbmm(memo[key][1], q, k.mT, alpha=scale).view(R, kv_heads, -1, size)
+    scores = torch.baddbmm(mask, q, k.mT, alpha=scale).view(R, kv_heads, -1, size)
     unfold = lambda x: x.view(R, kv_heads, n, -1, x.shape[-1]).transpose(1, 2).flatten(2, 3)
     lse = unfold(scores.logsumexp(-1, keepdim=True))[..., 0] if return_lse else None
     return unfold(shares(scores, sinks).flatten(0, 1).bmm(v)), lse

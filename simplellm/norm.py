@@ -7,8 +7,9 @@ __all__ = ['rms_norm']
 
 # %% ../nbs/05_norm.ipynb #3cb46006
 import torch
+import torch.nn.functional as F
 
-# %% ../nbs/05_norm.ipynb #e49487e4
+# %% ../nbs/05_norm.ipynb #580a4ecd
 def rms_norm(x:torch.Tensor, # [tokens, hidden]
              weight:torch.Tensor|None, # [hidden]; None = ones
              eps:float=1e-5, # keeps a row of zeros finite
@@ -16,8 +17,6 @@ def rms_norm(x:torch.Tensor, # [tokens, hidden]
             )->torch.Tensor|tuple[torch.Tensor, torch.Tensor]: # y, or (y, x + residual)
     "Divide rows by their root mean square, in float32; with a residual, add it first and return the sum too"
     if residual is not None: x = residual = x + residual
-    y = x.float()
-    y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
-    if weight is not None: y = y * weight
-    y = y.to(x.dtype)
+    weight = None if weight is None else weight.float()
+    y = F.rms_norm(x.float(), x.shape[-1:], weight, eps).to(x.dtype)
     return y if residual is None else (y, residual)
