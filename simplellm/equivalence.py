@@ -43,6 +43,7 @@ def in_batch(model, prompts, params):
     "All at once"
     return answers(Engine(model), prompts, params), f"{len(prompts)} together"
 
+# %% ../nbs/33_equivalence.ipynb #18992207
 def in_chunks(size:int # tokens per step
              )->Callable:
     "Prompts in pieces of at most `size` tokens"
@@ -51,6 +52,7 @@ def in_chunks(size:int # tokens per step
         return answers(engine, prompts, params), f"{-(-max(map(len, prompts)) // size)} pieces of the longest prompt"
     return way
 
+# %% ../nbs/33_equivalence.ipynb #59f61cd9
 def warm(model, prompts, params):
     "A, then B, then A again, in one engine that remembers"
     engine = Engine(model)
@@ -59,6 +61,7 @@ def warm(model, prompts, params):
     outputs = answers(engine, prompts, params)
     return outputs, f"{sum(o.num_cached_tokens for o in outputs)} of {sum(map(len, prompts))} prompt tokens from the cache"
 
+# %% ../nbs/33_equivalence.ipynb #9101579d
 def starved(model, prompts, params):
     "A cache with room for two or three of them"
     longest = max(len(p) + q.max_tokens for p, q in zip(prompts, params))
@@ -73,13 +76,14 @@ def watch_requests(engine:Engine)->list: # fills while the engine works
     engine.scheduler.add = added
     return seen
 
-# %% ../nbs/33_equivalence.ipynb #18992207
+# %% ../nbs/33_equivalence.ipynb #464947ae
 def in_slots(model, prompts, params):
     "A cache whose blocks are as long as the longest sequence: one block for each"
     longest = max(len(p) + q.max_tokens for p, q in zip(prompts, params))
     engine = Engine(model, EngineConfig(block_size=longest, max_model_len=longest, num_blocks=len(prompts)))
     return answers(engine, prompts, params), f"{len(prompts)} blocks of {longest} tokens"
 
+# %% ../nbs/33_equivalence.ipynb #136025c7
 def among_cancelled(model, prompts, params):
     "With twice as many neighbours, who are cancelled at one step after another"
     both = [p for p in prompts for p in (p, p[::-1], p[1:] + p[:1])]
@@ -87,6 +91,7 @@ def among_cancelled(model, prompts, params):
     lost = sum(o.outputs[0].finish_reason == "abort" for o in outputs)
     return outputs[::3], f"{lost} neighbours cancelled"
 
+# %% ../nbs/33_equivalence.ipynb #efcdbb63
 WAYS = {"alone = in a batch": in_batch, "whole = chunks of 1": in_chunks(1), "whole = chunks of 7": in_chunks(7),
         "whole = chunks of 16": in_chunks(16), "cold = warm prefix": warm, "ample = starved cache": starved,
         "paged = slots": in_slots, "left alone = neighbours cancelled": among_cancelled}
@@ -94,7 +99,7 @@ WAYS = {"alone = in a batch": in_batch, "whole = chunks of 1": in_chunks(1), "wh
 # %% ../nbs/33_equivalence.ipynb #34a88bd9
 def prompts_for(vocab_size:int, # ids to draw from
                 count:int=32,
-                longest:int=64, # tokens
+                longest:int=48, # tokens
                 block_size:int=16,
                 seed:int=0
                )->list[list[int]]:
@@ -105,9 +110,10 @@ def prompts_for(vocab_size:int, # ids to draw from
     common = [luck.choice([0, 0, block_size, luck.randint(0, n)]) for n in lengths]
     return [shared[:min(c, n)] + [luck.randrange(vocab_size) for _ in range(n - min(c, n))] for c, n in zip(common, lengths)]
 
+# %% ../nbs/33_equivalence.ipynb #bf617a09
 def equivalence_table(model, # a Transformer in float32
                       prompts:list[list[int]],
-                      max_tokens:int=20, # of each answer
+                      max_tokens:int=10, # of each answer
                       ways:dict=WAYS # name -> way
                      )->list[dict]: # one row per way and kind of sampling
     "Compute every prompt in every way, and count the answers that are the same, token by token"

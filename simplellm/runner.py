@@ -19,6 +19,7 @@ def scores_prompt(r:Request)->bool:
     "Does this step compute prompt tokens whose probability was asked for?"
     return r.params.prompt_logprobs is not None and r.num_computed < r.num_prompt
 
+# %% ../nbs/25_runner.ipynb #e26a2f10
 def make_rows(step:Step, # what the scheduler decided
              )->list[tuple]: # for `make_batch`: new tokens, num_computed, block table, wanted logits
     "One row for each request of the step"
@@ -37,6 +38,7 @@ class Output:
     logprobs:dict[Request, tuple]=field(default_factory=dict) # the sampled token's score, where asked for
     prompt_logprobs:dict[Request, tuple]=field(default_factory=dict) # (position, scores of prompt tokens from there on)
 
+# %% ../nbs/25_runner.ipynb #2dc5aa1b
 def score(logits:Tensor, # [n, vocab]
           tokens:list[int], # the token that came after each
           ks:list[int] # likeliest tokens to report for each; -1 = all
@@ -61,6 +63,7 @@ def split_rows(step:Step, # what was computed
         if samples: sampled.append(end - 1)
     return logits[sampled], scores
 
+# %% ../nbs/25_runner.ipynb #ab59f921
 def score_prompt(r:Request, # before the step's update
                  logits:Tensor # [n, vocab] of its tokens from num_computed on
                 )->list[tuple]: # of the prompt tokens after each
