@@ -343,12 +343,13 @@ class LLM(Asking):
         self.config, self.ops = self.model.config, self.model.ops
         self.engine = Engine(self.model, self.engine_config, self.tokenizer)
         self.worker = Worker(self.engine)
-        weakref.finalize(self, stop, self.worker, False, 5)
+        self.finalizer = weakref.finalize(self, stop, self.worker, False, 5)
 
     def cancel(self, *ids:str): cancel(self.worker, ids) # request ids; those already done are passed over
     def close(self, drain:bool=True): # finish what was submitted, or abort it?
         "End the engine; later submissions are refused"
         stop(self.worker, drain)
+        self.finalizer.detach()
 
     def __enter__(self): return self
     def __exit__(self, kind, *_): self.close(drain=kind is None)
