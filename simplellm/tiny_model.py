@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['UPPER', 'LOWER', 'SHORT', 'MARK', 'PATTERN', 'SPECIAL', 'SHARED', 'WIDTHS', 'EFFORTS', 'QKV', 'OUTSIDE', 'EXPERTS',
-           'MATRICES', 'merge_word', 'learn_merges', 'bare', 'first_piece', 'learn_vocabulary', 'encoding',
+           'MATRICES', 'HARDER', 'merge_word', 'learn_merges', 'bare', 'first_piece', 'learn_vocabulary', 'encoding',
            'system_start', 'encode_sample', 'Batch', 'some_prefixes', 'collate', 'make_chunk', 'feed', 'tiny_config',
            'weight_shapes', 'init_weights', 'attend', 'masks', 'gates', 'swiglu', 'experts', 'balance_loss', 'layer',
            'round_mxfp4', 'fake_quantize', 'layer_weights', 'loss_of', 'orthogonal', 'Optimizer', 'learning_rate',
            'config_json', 'checkpoint_name', 'checkpoint_tensors', 'all_merges', 'tokenizer_json', 'small_files',
            'save_checkpoint', 'read_reply', 'exam', 'Run', 'new_run', 'save_run', 'resume_run', 'data_stream',
-           'one_step', 'train']
+           'one_step', 'train_until', 'train']
 
 # %% ../nbs/40_tiny_model.ipynb #be096a85
 import collections, json, math, multiprocessing, os, random, re, time
@@ -155,12 +155,13 @@ def collate(prefixes:list[list[int]], rows:list[tuple], # (ids, learnt, effort) 
 # %% ../nbs/40_tiny_model.ipynb #77ddf96e
 def make_chunk(enc:tiktoken.Encoding, seed:int, index:int, n:int=4096, # samples
                tokens:int=6144, # per batch, about
-               Lp:int=72)->list[Batch]:
+               Lp:int=72, weights:dict=tiny_tasks.WEIGHTS # how often each task is drawn
+              )->list[Batch]:
     "Batches of `n` fresh samples, in random order"
     rng = random.Random(f"{seed}-{index}")
     rows, out = {width: [] for width in WIDTHS}, []
     for _ in range(n):
-        s = tiny_tasks.sample(rng)
+        s = tiny_tasks.sample(rng, rng.choices(tiny_tasks.TASKS, [weights[t] for t in tiny_tasks.TASKS])[0])
         ids, learnt = encode_sample(enc, s)
         if len(ids) <= WIDTHS[-1]: rows[next(w for w in WIDTHS if len(ids) <= w)].append((ids, learnt, s.effort))
     for width, rs in rows.items():
@@ -169,11 +170,11 @@ def make_chunk(enc:tiktoken.Encoding, seed:int, index:int, n:int=4096, # samples
     rng.shuffle(out)
     return out
 
-def feed(queue, enc_args, seed:int, index:int):
+def feed(queue, merges:list, seed:int, index:int, weights:dict):
     "Fill a queue for ever (runs in its own process)"
-    enc = encoding(enc_args)
+    enc = encoding(merges)
     while True:
-        for batch in make_chunk(enc, seed, index): queue.put((index, batch))
+        for batch in make_chunk(enc, seed, index, weights=weights): queue.put((index, batch))
         index += 1
 
 # %% ../nbs/40_tiny_model.ipynb #52dfa360
@@ -361,9 +362,10 @@ class Optimizer:
         w.add_((m/(1-b1**self.t)) / ((v/(1-b2**self.t)).sqrt() + 1e-8), alpha=-lr)
 
 # %% ../nbs/40_tiny_model.ipynb #1c126e2d
-def learning_rate(i:int, n:int, warm:int=200, turn:float=.36)->float: # relative to the highest
-    "Warm-up, nearly constant for a third, then a straight line to zero"
+def learning_rate(i:int, n:int=9900, more:int=1700, warm:int=200, turn:float=.36)->float: # relative to the highest
+    "Warm-up, nearly constant for a third, a straight line to zero; then once more from a third of the height"
     if i < warm: return (i+1)/warm
+    if i >= n: return .3 * (1 - (i-n)/more)
     hold = .6 + .4*math.cos(math.pi/2 * min(i/n, turn)/.7)
     return hold if i < turn*n else hold * (1 - i/n)/(1 - turn)
 
@@ -505,38 +507,50 @@ def resume_run(r:Run, path:Path):
     o.m, o.v, o.t, r.step, r.chunk = d["m"], d["v"], d["t"], d["step"], d["chunk"] + 1
 
 # %% ../nbs/40_tiny_model.ipynb #d3764d9b
-def data_stream(r:Run, seed:int):
+def data_stream(r:Run, seed:int, weights:dict=tiny_tasks.WEIGHTS):
     "(chunk, Batch) for ever, made by another process"
     ctx = multiprocessing.get_context("fork")
     queue = ctx.Queue(64)
-    worker = ctx.Process(target=feed, args=(queue, r.merges, seed, r.chunk), daemon=True)
+    worker = ctx.Process(target=feed, args=(queue, r.merges, seed, r.chunk, weights), daemon=True)
     worker.start()
     try:
         while True: yield queue.get()
     finally: worker.kill()
 
 # %% ../nbs/40_tiny_model.ipynb #e96285a6
-def one_step(r:Run, b:Batch, table:Tensor, layer, steps:int, per_batch:float, quantize:bool
+def one_step(r:Run, b:Batch, table:Tensor, layer, quantize:bool,
+             per_batch:float=2884. # learnt tokens in a usual batch
             )->dict: # for the log
     "Forwards, backwards, and a step down"
     loss, ce, uneven = loss_of(r.p, r.c, b, table, quantize, per_batch, layer=layer)
     loss.backward()
-    r.optimizer.step(learning_rate(r.step, steps))
+    r.optimizer.step(learning_rate(r.step))
     r.step += 1
     return dict(step=r.step, loss=ce, balance=uneven)
 
+# %% ../nbs/40_tiny_model.ipynb #d7f5b907
+HARDER = dict(add=5, subtract=6, compare=5, multiply=5, reverse=14, copy=6, upper=10, sort=14, json=11, tool=20,
+              tool_result=3, followup=14, about=11, decline=8) # how often each task is drawn in the last part
+
+def train_until(r:Run, last:int, folder:Path, layer, seed:int, weights:dict, quantize_from:int=6534):
+    "Steps up to `last`, logged and saved"
+    table, saved = rope_table(r.c.rope, r.c.head_dim, 1024), time.time()
+    for r.chunk, b in data_stream(r, seed, weights) if r.step < last else ():
+        done = one_step(r, b, table, layer, r.step >= quantize_from)
+        with open(folder/"log.jsonl", "a") as log: log.write(json.dumps(done) + "\n")
+        if r.step == last or time.time() - saved > 300: save_run(r, folder/"run.pt"); saved = time.time()
+        if r.step == last: break
+    r.chunk += 1
+
 def train(folder:str|Path, # gets run.pt and log.jsonl
-          steps:int=9900, seed:int=1, per_batch:float=2884., # learnt tokens in a usual batch
-          quantize_from:float=.66 # share of the steps after which experts are rounded
-         )->Run:
-    "Train the shipped model; about 90 minutes on two CPU cores"
+          seed:int=1)->Run:
+    "Train the shipped model; about 100 minutes on two CPU cores"
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    r, fast, saved = new_run(seed), torch.compile(layer, dynamic=False), time.time()
+    r, fast = new_run(seed), torch.compile(layer, dynamic=False)
     if (folder/"run.pt").exists(): resume_run(r, folder/"run.pt")
-    table = rope_table(r.c.rope, r.c.head_dim, 1024)
-    for r.chunk, b in data_stream(r, seed):
-        done = one_step(r, b, table, fast, steps, per_batch, r.step >= quantize_from*steps)
-        with open(folder/"log.jsonl", "a") as log: log.write(json.dumps(done) + "\n")
-        if r.step == steps or time.time() - saved > 300: save_run(r, folder/"run.pt"); saved = time.time()
-        if r.step == steps: return r
+    train_until(r, 9900, folder, fast, seed, tiny_tasks.WEIGHTS)
+    if not (folder/"main.pt").exists(): save_run(r, folder/"main.pt")
+    train_until(r, 11600, folder, fast, seed, HARDER)
+    for name, w in torch.load(folder/"main.pt")["p"].items(): r.p[name].data.lerp_(w, .5)
+    return r
