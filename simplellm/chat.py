@@ -447,25 +447,6 @@ class ParsedMessage:
     complete:bool # whether it was ended properly
     role:str = "assistant"
 
-# %% ../nbs/03_chat.ipynb #3bfac076
-@dataclass(frozen=True)
-class Delta:
-    "Text that arrived, and the message it belongs to"
-    channel:str|None
-    recipient:str|None
-    content_type:str|None
-    text:str
-
-@dataclass(frozen=True)
-class ParsedMessage:
-    "One message of an answer"
-    channel:str|None
-    recipient:str|None
-    content_type:str|None
-    text:str
-    complete:bool # whether it was ended properly
-    role:str = "assistant"
-
 # %% ../nbs/03_chat.ipynb #e5d3a521
 _stray = dict(junk=("unexpected_token", ""))
 STEPS = dict( # state -> kind of token -> flag, actions
