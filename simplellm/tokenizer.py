@@ -77,8 +77,9 @@ def check_reachable(merges:list[tuple[str, str]] # in order
 # %% ../nbs/02_tokenizer.ipynb #361a9cda
 def merge_order(vocab:dict[str, int], # every token of the model section, with its id
                 merges:list[tuple[str, str]], # in order
-                ignore_merges:bool # whether a piece that is a token is taken whole, without merging
-               )->dict[str, int]: # the bytes, then the merged tokens in order of rank
+                ignore_merges:bool, # whether a piece that is a token is taken whole, without merging
+                names:set[str] = frozenset() # of added tokens, which are cut out before
+               )->dict[str, int]: # the bytes, the merged tokens in order of rank, then those that are only taken whole
     "The vocabulary that tiktoken can merge, or a `TokenizerError` if it would merge it differently"
     made, pairs = [a + b for a, b in merges], set(merges)
     order = dict.fromkeys(_chars) | dict.fromkeys(made)
@@ -86,7 +87,9 @@ def merge_order(vocab:dict[str, int], # every token of the model section, with i
     require(not lost, f"vocabulary lacks {len(lost)} of the 256 bytes and merged tokens, such as {sorted(lost)[:5]}")
     require(sum(a != b for a, b in pairwise(made)) == max(len(set(made))-1, 0), "merges of one token are scattered, "
             "expected side by side")
-    if not (ignore_merges and listed_fully(order, pairs)): check_reachable(merges)
+    whole = {t: None for t in vocab if ignore_merges and t not in order and t not in names}
+    if ignore_merges and listed_fully(order | whole, pairs): order |= whole
+    else: check_reachable(merges)
     return {token: vocab[token] for token in order}
 
 # %% ../nbs/02_tokenizer.ipynb #b2a34b3c
@@ -191,7 +194,8 @@ def read_vocabulary(data:dict # parsed tokenizer.json
     model, added = data.get("model") or {}, read_added(data.get("added_tokens") or [])
     check_model(model)
     pattern, space = read_pattern(data.get("pre_tokenizer"))
-    order = merge_order(model["vocab"], read_merges(model["merges"]), bool(model.get("ignore_merges")))
+    order = merge_order(model["vocab"], read_merges(model["merges"]), bool(model.get("ignore_merges")),
+                        {token.text for token in added})
     tokens = {unspell(token): i for token, i in order.items()}
     return Vocabulary(tokens, pattern, added, split_unmerged(model, order, added), space,
                       read_form(data.get("normalizer")))

@@ -37,8 +37,8 @@ class Transformer:
                                for cls in (AttentionWeights, MoeWeights))
         self.final_norm, self.lm_head = weights["final_norm"], weights["embed" if config.tie_embeddings else "lm_head"]
         self.rope = rope_table(config.rope, config.head_dim, config.max_position, self.device)
-        self.activation, self.group = activation_of(config), config.num_heads // config.num_kv_heads
-        self.kv_heads = len(self.attn[0].qkv_proj_weight) // config.head_dim // (self.group + 2)
+        self.activation, group = activation_of(config), config.num_heads // config.num_kv_heads
+        self.kv_heads = len(self.attn[0].qkv_proj_weight) // config.head_dim // (group + 2)
 
     @torch.inference_mode()
     def __call__(self,
@@ -53,7 +53,7 @@ class Transformer:
         for i, (a, m) in enumerate(zip(self.attn, self.moe)):
             x, residual = norm(x, a.attn_norm, eps, residual)
             window = self.config.windows[i]
-            x = attention_layer(x, a, batch, *kv.layer(i), self.rope, self.group, window, self.ops, self.sum)
+            x = attention_layer(x, a, batch, *kv.layer(i), self.rope, window, self.ops, self.sum)
             x, residual = norm(x, m.mlp_norm, eps, residual)
             x = moe_layer(x, m, self.config.top_k, self.activation, self.ops, self.sum)
         x = norm((x + residual)[batch.logits_rows], self.final_norm, eps)
