@@ -19,6 +19,7 @@ from .config import EngineConfig, check
 from .engine import Chunk, Engine, RequestOutput, fail_job, make_job
 from .models import load_model, tiny_path
 from .sampling import SamplingParams, Unasked
+from .synthetic import is_synthetic, open_synthetic
 from .tokenizer import load_tokenizer
 from .transformer import Transformer
 
@@ -327,7 +328,7 @@ class Asking:
 class LLM(Asking):
     "A model, its engine, and the thread that runs them"
     def __init__(self,
-                 model=None, # folder of a checkpoint, or a Transformer; None = the tiny gpt-oss inside this package
+                 model=None, # folder of a checkpoint, "synthetic:gpt-oss-120b", or a Transformer; None = the tiny gpt-oss in this package
                  dtype="auto", # auto, float32, bfloat16 or float16
                  device="auto", # auto, cpu or cuda
                  tokenizer=None, # a Tokenizer, or where to find it; None = the checkpoint's
@@ -335,6 +336,7 @@ class LLM(Asking):
                  **options): # fields of EngineConfig
         self.engine_config = EngineConfig(**options)
         check(self.engine_config.tensor_parallel_size == 1, "tensor_parallel_size", self.engine_config.tensor_parallel_size, "1")
+        if is_synthetic(model): model = load_model(open_synthetic(model, device), dtype, device)
         folder = None if isinstance(model, Transformer) else Path(model or tiny_path())
         self.model = load_model(folder, dtype, device) if folder else model
         self.tokenizer = None if skip_tokenizer_init else find_tokenizer(tokenizer or folder)

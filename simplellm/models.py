@@ -290,8 +290,9 @@ THEIRS = FIELDS | {ours: theirs for theirs, ours in ROPE_FIELDS.items()} | dict(
 def read_config(source # folder with config.json, or a Checkpoint
                )->ModelConfig: # or a CheckpointError
     "The architecture that config.json describes, every field checked"
-    file = (source.path if isinstance(source, Checkpoint) else Path(source))/"config.json"
-    d = read_json(file)
+    opened = isinstance(source, Checkpoint)
+    file = (source.path if opened else Path(source))/"config.json"
+    d = source.read_json(file.name) if opened else read_json(file)
     try: return ModelConfig(**config_fields(d, source, file))
     except CheckpointError: raise
     except ValueError as e:
@@ -400,14 +401,14 @@ def pick_dtype(dtype, # "auto", a name, or a torch.dtype
     return found
 
 # %% ../nbs/21_models.ipynb #6a10f9ee
-def load_model(path=None, # folder of a checkpoint; None = the shipped model
+def load_model(path=None, # folder of a checkpoint, or a Checkpoint; None = the shipped model
                dtype="auto", # "auto", "float32", "bfloat16", "float16" or a torch.dtype
                device="auto", # "auto" = a GPU if there is one
                shard:Shard=Shard(), # our rank
                progress:bool=False # show a bar?
               )->Transformer: # or a CheckpointError
     "Read a checkpoint and return a model that is ready to run"
-    checkpoint = Checkpoint(path or tiny_path())
+    checkpoint = path if isinstance(path, Checkpoint) else Checkpoint(path or tiny_path())
     c = read_config(checkpoint)
     if device == "auto": device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = pick_dtype(dtype, c, torch.device(device))

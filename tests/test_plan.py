@@ -1,0 +1,74 @@
+"The plan against real tensors and against the floor written down in issue 3"
+from dataclasses import replace
+import pytest
+from simplellm.checkpoint import Checkpoint
+from simplellm.config import EngineConfig
+from simplellm.models import load_model, load_weights, read_config, tiny_path
+from simplellm.mxfp4 import MXFP4
+from simplellm.plan import budget, ceiling, concurrency, distinct_experts, flags_that_fit, plan, smallest_memory, step_bytes, weight_bytes
+from simplellm.synthetic import Synthetic, write_checkpoint
+
+def config_of(name): return read_config(Synthetic(name, device="cpu"))
+
+def test_shipped_model_weighs_what_its_files_hold():
+    files, size = Checkpoint(tiny_path()), weight_bytes(read_config(tiny_path()))
+    assert sum(size.values()) == sum(e.stop - e.start for e in files.entries.values())
+    weights = load_weights(files, read_config(files), dequantize=False)
+    nbytes = lambda w: sum(x.nbytes for x in w) if isinstance(w, MXFP4) else w.nbytes
+    assert size["embedding"] == nbytes(weights["embed"])
+    assert size["experts"] == sum(nbytes(w) for k, w in weights.items() if "gate_up_proj" in k or "down_proj" in k)
+
+def test_written_checkpoint_weighs_as_planned(tmp_path):
+    source = Synthetic(tiny_path(), layers=3, seed=1, device="cpu")
+    folder = write_checkpoint(source, tmp_path/"x", progress=False)
+    written = sum(p.stat().st_size for p in folder.glob("*.safetensors"))
+    assert 0 < written - sum(weight_bytes(read_config(folder)).values()) < 20_000  # the headers
+
+@pytest.mark.parametrize("batch, experts, gb, speed", [(1, 4, 5.03, 855), (8, 28.7, 17.0, 2023), (64, 111, 57.9, 4752), (256, 128, 71.3, 15400)])
+def test_floor(batch, experts, gb, speed):
+    c = config_of("gpt-oss-120b")
+    assert distinct_experts(c, batch) == pytest.approx(experts, rel=3e-3)
+    assert sum(step_bytes(c, batch, 640).values()) / 1e9 == pytest.approx(gb, rel=2e-3)
+    assert ceiling(c, batch, 640, 4.3e12) == pytest.approx(speed, rel=3e-3)
+
+def test_dense_parts():
+    for name, gb in ("gpt-oss-120b", 3.10), ("gpt-oss-20b", 2.44): assert weight_bytes(config_of(name))["dense"] / 1e9 == pytest.approx(gb, abs=.005)
+    c = config_of("gpt-oss-120b")
+    assert weight_bytes(c)["experts"] / 36 / 128 == pytest.approx(13.24e6, rel=1e-3)
+
+def test_cache_is_the_engines():
+    "As many bytes as the cache that a model makes"
+    model, e = load_model(device="cpu"), EngineConfig(kv_cache_dtype="float32")
+    c = model.config
+    left = budget(c, e, 80e9)["cache"]
+    n = concurrency(c, e, 80e9, e.block_size)  # requests of one block
+    size = model.new_cache(3, e.block_size).nbytes / 3
+    assert n * size <= left < (n + 1) * size
+
+@pytest.mark.parametrize("name, memory", [("gpt-oss-120b", 80e9), ("gpt-oss-120b", 72e9), ("gpt-oss-20b", 18e9), ("gpt-oss-20b", 24e9), ("gpt-oss-120b", 141e9)])
+@pytest.mark.parametrize("length", [None, 1128, 20000])
+def test_recommended_flags_fit(name, memory, length):
+    c, e = config_of(name), EngineConfig(max_model_len=length)
+    longest = length or c.max_position
+    for flags in flags_that_fit(c, e, memory):
+        new = replace(e, **flags)
+        assert concurrency(c, new, memory, new.max_model_len or c.max_position) >= 1, flags
+    least = smallest_memory(c, e)
+    assert concurrency(c, e, least + 10, longest) == 1 and concurrency(c, e, least - 1e3, longest) == 0
+    titles = " ".join(plan(name, memory, max_model_len=length))
+    assert ("do not fit" in titles) == (memory < least)
+
+def test_eighty_gigabytes_hold_what_is_promised():
+    e = EngineConfig(max_model_len=1128, max_num_seqs=64, max_num_batched_tokens=1024, gpu_memory_utilization=.95)
+    assert concurrency(config_of("gpt-oss-120b"), e, 80e9, 1128) >= 64
+
+def test_command_line(capsys, tmp_path):
+    from simplellm.cli import app
+    for args, expected in ((["plan", "gpt-oss-120b", "--memory", "80"], ["855 tok/s", "65.25 GB", "73,728 bytes", "do not fit", "max_model_len="]),
+                           (["plan", "--memory", "24", "--max-model-len", "512"], ["512 tokens each"]),
+                           (["synth", str(tiny_path()), str(tmp_path/"x"), "--layers", "1", "--seed", "2"], [])):
+        app(args, standalone_mode=False)
+        out = capsys.readouterr().out
+        for text in expected: assert text in out
+    assert read_config(tmp_path/"x").num_layers == 1
+    with pytest.raises(ValueError, match="max_position"): app(["plan", "--max-model-len", "99999"], standalone_mode=False)
