@@ -1,0 +1,73 @@
+"MXFP4 and mixture-of-experts kernels, interpreted on shapes that their notebooks do not use"
+import os
+from functools import partial
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+from simplellm import mxfp4, moe as plain
+from simplellm.kernels import moe as ours
+from simplellm.kernels.mxfp4 import dequantize_mxfp4, prepare, quantize_mxfp4
+
+device = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+STEP = {torch.float32: 2e-5, torch.float16: 2**-7} # float16 stands for bfloat16, whose products the interpreter gets wrong
+clamped = partial(plain.clamped_swiglu, alpha=1.3, limit=2.5)
+
+def noise(g, *shape, dtype=torch.float32): return torch.randn(shape, generator=g).to(device, dtype)
+
+@pytest.mark.parametrize("shape", [(1, 32), (3, 5, 64), (130, 96)], ids=str)
+def test_mxfp4_bit_by_bit(shape):
+    g = torch.Generator().manual_seed(1)
+    w = noise(g, *shape) * 2.0 ** torch.randint(-140, 20, shape[:-1] + (1,), generator=g).to(device)
+    w[0] = 0
+    got, want = quantize_mxfp4(w), mxfp4.quantize_mxfp4(w)
+    assert got.blocks.equal(want.blocks) and got.scales.equal(want.scales)
+    assert dequantize_mxfp4(*got).view(torch.int32).equal(mxfp4.dequantize_mxfp4(*want).view(torch.int32))
+
+def test_a_scale_that_the_kernels_cannot_express_is_refused_by_name():
+    w = mxfp4.MXFP4(torch.zeros(1, 16, 2, 16, dtype=torch.uint8), torch.full((1, 16, 2), 129, dtype=torch.uint8))
+    with pytest.raises(ValueError, match="layers.7.gate_up_proj: scale byte 129"): prepare(w, "layers.7.gate_up_proj")
+
+def experts(g, H, I, E, packed, dtype, bias=True):
+    "Weights for the reference, and the same for the kernels"
+    w = [noise(g, E, 2 * I, H) / H**0.5, noise(g, E, H, I) / I**0.5]
+    b = [noise(g, E, 2 * I, dtype=dtype), noise(g, E, H, dtype=dtype)] if bias else [None, None]
+    theirs = [mxfp4.quantize_mxfp4(v) for v in w] if packed else [v.to(dtype) for v in w]
+    return [[w[0], b[0], w[1], b[1]] for w in (theirs, [prepare(v) for v in theirs] if packed else theirs)]
+
+CASES = [ # T, H, I, E, k, packed, activation, dtype, bias
+    (1, 32, 32, 2, 1, True, clamped, torch.float32, True), (2, 224, 96, 4, 3, True, clamped, torch.float16, False),
+    (9, 64, 160, 3, 2, True, clamped, torch.float16, True), (1, 96, 16, 5, 5, False, plain.swiglu, torch.float32, False),
+    (4, 40, 24, 6, 2, False, clamped, torch.float16, True), (33, 32, 32, 7, 2, True, plain.swiglu, torch.float16, True),
+    (65, 64, 32, 1, 1, False, clamped, torch.float32, True), (22, 96, 64, 2, 3, True, clamped, torch.float32, False)]
+
+@pytest.mark.parametrize("T,H,I,E,k,packed,activation,dtype,bias", [c for c in CASES if c[4] <= c[3]], ids=str)
+def test_moe(T, H, I, E, k, packed, activation, dtype, bias):
+    g = torch.Generator().manual_seed(T)
+    theirs, mine = experts(g, H, I, E, packed, dtype, bias)
+    x, logits = noise(g, T, 2 * H, dtype=dtype)[:, H:], noise(g, T, E)
+    weights, ids = ours.route(logits, k)
+    torch.testing.assert_close((weights, ids), plain.route(logits, k), atol=1e-6, rtol=1e-6)
+    got, want = ours.moe(x, weights, ids, *mine, activation), plain.moe(x, weights, ids, *theirs, activation)
+    torch.testing.assert_close(got, want, atol=STEP[dtype], rtol=STEP[dtype])
+
+@pytest.mark.parametrize("T", [6, 50])
+def test_everybody_wants_one_expert(T):
+    g = torch.Generator().manual_seed(T)
+    theirs, mine = experts(g, 64, 32, 4, True, torch.float32)
+    x, weights = noise(g, T, 64), torch.rand(T, 2, generator=g).to(device)
+    ids = torch.tensor([[3, 1]], device=device).expand(T, 2)
+    torch.testing.assert_close(ours.moe(x, weights, ids, *mine, clamped), plain.moe(x, weights, ids, *theirs, clamped), atol=2e-5, rtol=2e-5)
+
+@pytest.mark.parametrize("T", [3, 40])
+def test_only_padding(T):
+    g = torch.Generator().manual_seed(T)
+    _, mine = experts(g, 32, 32, 3, False, torch.float32)
+    weights, ids = ours.route(noise(g, T, 3), 2, active=torch.tensor(0, device=device))
+    assert (ids == -1).all() and not weights.any()
+    assert not ours.moe(noise(g, T, 32) * torch.nan, weights, ids, *mine, clamped).any()
+
+def test_no_tokens():
+    g = torch.Generator().manual_seed(0)
+    _, mine = experts(g, 32, 32, 3, False, torch.float32)
+    assert ours.moe(noise(g, 0, 32), *ours.route(noise(g, 0, 3), 2), *mine, clamped).shape == (0, 32)
