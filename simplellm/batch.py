@@ -6,7 +6,7 @@
 __all__ = ['Batch', 'pad_tables', 'wanted_rows', 'make_batch']
 
 # %% ../nbs/17_batch.ipynb #fa60831d
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 import numpy as np, torch
 from torch import Tensor
@@ -24,9 +24,15 @@ class Batch:
     logits_rows:Tensor # [N] int64 which of the T tokens need logits
     max_q:int # most new tokens of any row; 1 = all rows decode
     max_k:int # most tokens of any row
+    active:Tensor|None=None # [1] int32 how many rows are no padding; None = all
     memo:dict=field(default_factory=dict, repr=False) # what one layer finds out and the others need
 
     def __len__(self): return len(self.token_ids)
+
+    def to(self, device)->"Batch":
+        "The same tensors elsewhere"
+        moved = {k: t.to(device, non_blocking=True) for k, t in vars(self).items() if isinstance(t, Tensor)}
+        return replace(self, **moved, memo={})
 
 # %% ../nbs/17_batch.ipynb #ce6f4af2
 def pad_tables(tables:list, # one block table (list of ints) per row

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SILENCE', 'Logprob', 'CompletionOutput', 'RequestOutput', 'Chunk', 'stop_list', 'NoReader', 'TextReader',
-           'ChatReader', 'Choice', 'Job', 'check_prompt', 'check_text', 'cache_memory', 'plan_cache', 'Engine',
-           'make_job', 'chat_ends', 'make_reader', 'make_chunk', 'readable', 'note_score', 'note_prompt',
+           'ChatReader', 'Choice', 'Job', 'check_prompt', 'check_text', 'cache_memory', 'plan_cache', 'make_runner',
+           'Engine', 'make_job', 'chat_ends', 'make_reader', 'make_chunk', 'readable', 'note_score', 'note_prompt',
            'finish_choice', 'read_token', 'attempt', 'fail_job', 'report']
 
 # %% ../nbs/27_engine.ipynb #17c8ed39
@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from .blocks import BlockPool, blocks_for
 from .chat import Delta, Detokenizer, HarmonyParser, StopStrings, reasoning_text, tool_calls
 from .config import EngineConfig, check
+from .cudagraph import Graphs
 from .kvcache import bytes_per_block
 from .runner import Output, Runner
 from .sampling import SamplingParams, bad_word_ids, check_vocab
@@ -220,6 +221,14 @@ def plan_cache(model, # a Transformer
     return blocks, longest if config.max_model_len else min(longest, blocks * size), dtype
 
 # %% ../nbs/27_engine.ipynb #9dca09a7
+def make_runner(model, config:EngineConfig, blocks:int, longest:int, dtype # from `plan_cache`
+               )->Runner:
+    "A runner with its cache and, on a GPU whose kernels allow it, with graphs"
+    record = model.device.type == "cuda" and not (config.enforce_eager or model.ops.asks_cpu)
+    kv = model.new_cache(blocks + record, config.block_size, dtype)  # graphs need a scratch block
+    graphs = Graphs(model, kv, config.max_num_seqs, longest).capture() if record else None
+    return Runner(model, kv, model.device, graphs)
+
 class Engine:
     "The synchronous core: jobs in, one step at a time, results out"
     def __init__(self, model, config:EngineConfig=EngineConfig(), tokenizer=None): # a Transformer; a Tokenizer, or None
@@ -227,7 +236,7 @@ class Engine:
         pool = BlockPool(blocks, config.block_size, config.enable_prefix_caching)
         self.model, self.config, self.tokenizer, self.max_model_len = model, config, tokenizer, longest
         self.scheduler = Scheduler(config, pool, longest)
-        self.runner = Runner(model, model.new_cache(blocks, config.block_size, dtype), model.device)
+        self.runner = make_runner(model, config, blocks, longest, dtype)
         self.jobs, self.choices, self.numbers, self.luck = {}, {}, itertools.count(), random.Random(config.seed)
 
     def step(self)->list[tuple]: # (job id, Chunk | RequestOutput | Exception)

@@ -89,19 +89,25 @@ class Runner:
     def __init__(self,
                  model, # a Transformer, or anything with `model(batch, kv) -> logits`
                  kv:KVCache, # where keys and values live
-                 device="cpu" # where the model lives
+                 device="cpu", # where the model lives
+                 graphs=None # `Graphs` of its decode steps
                 ):
-        self.model, self.kv, self.device, self.step, self.sampling = model, kv, device, None, None
+        self.model, self.kv, self.device, self.graphs, self.step, self.sampling = model, kv, device, graphs, None, None
 
     @torch.inference_mode()
     def run(self, step:Step # what the scheduler decided
            )->Output:
         "Compute the step's tokens and sample"
-        batch = make_batch(make_rows(step), self.kv.block_size, self.device)
-        logits, prompt_scores = split_rows(step, self.model(batch, self.kv))
+        batch = make_batch(make_rows(step), self.kv.block_size)
+        logits, prompt_scores = split_rows(step, self.logits(batch))
         if not step.sampling: return Output([], prompt_logprobs=prompt_scores)
         ids = sample(logits, self.sampler(step)).tolist()
         return Output(ids, score_sampled(step.sampling, logits, ids), prompt_scores)
+
+    def logits(self, batch:Batch)->Tensor: # [N, vocab]
+        "Replay a graph where every row decodes; otherwise launch one by one"
+        if self.graphs and self.graphs.fits(batch): return self.graphs(batch)
+        return self.model(batch if str(self.device) == "cpu" else batch.to(self.device), self.kv)
 
     def sampler(self, step:Step):
         "The step's SamplingBatch, the last one again if nothing but positions changed"
