@@ -1,0 +1,67 @@
+"The attention kernel against the reference: odd shapes, mixed batches, splits, and what it refuses"
+import os
+import pytest
+import torch
+
+pytest.importorskip("triton")
+device = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda" # conftest.py interprets where there is no GPU
+STEP = {torch.float32: 3e-6, torch.float16: 2**-9}
+
+def example(rows, heads, kv_heads, D, block_size, dtype=torch.float32):
+    "Rows (new tokens, all tokens) over shuffled blocks; what no row owns is NaN"
+    g, (new, lengths) = torch.Generator().manual_seed(heads), zip(*rows)
+    held = [-(-n // block_size) for n in lengths]
+    order = iter((torch.randperm(sum(held), generator=g) + 1).tolist())
+    tables = torch.zeros(len(rows), max(held) + 2, dtype=torch.int32) # padded with a block that is nobody's
+    for r, n in enumerate(held): tables[r, :n] = torch.tensor([next(order) for _ in range(n)])
+    random = lambda *shape: torch.randn(shape, generator=g).to(device, dtype)
+    q, sinks = random(sum(new), heads + 2 * kv_heads, D)[:, :heads], random(heads)
+    caches = [random(sum(held) + 1, block_size, kv_heads, D) for _ in "kv"]
+    ints = [t.to(device) for t in (tables, torch.tensor(lengths, dtype=torch.int32), torch.tensor((0,) + new).cumsum(0).int())]
+    owned = torch.zeros(caches[0].shape[:2], dtype=torch.bool, device=device)
+    for r, n in enumerate(lengths):
+        for i in range(n): owned[tables[r, i // block_size], i % block_size] = True
+    clean = [c.masked_fill(~owned[..., None, None], 0) for c in caches]
+    dirty = [c.masked_fill(~owned[..., None, None], torch.nan) for c in caches]
+    return (q, *dirty, *ints, max(new), max(lengths), D**-0.5), clean, sinks
+
+@pytest.mark.parametrize("rows,heads,kv_heads,D,block_size,window,dtype", [
+    ([(1, 1)], 1, 1, 16, 16, None, torch.float32), ([(1, 17), (1, 16), (1, 1)], 6, 2, 32, 16, None, torch.float16),
+    ([(1, 530), (1, 31)], 2, 1, 16, 8, None, torch.float32), ([(1, 65), (1, 200)], 5, 5, 16, 64, 33, torch.float32),
+    ([(9, 9), (1, 3)], 4, 2, 32, 16, None, torch.float32), ([(2, 40), (33, 70), (1, 40)], 7, 1, 16, 5, 8, torch.float32),
+    ([(1, 2), (4, 520)], 2, 2, 16, 16, None, torch.float16), ([(3, 30)], 2, 1, 128, 512, 1, torch.float32)])
+def test_as_the_reference(rows, heads, kv_heads, D, block_size, window, dtype):
+    from simplellm.attention import paged_attention as reference
+    from simplellm.kernels.attention import arrivals, paged_attention
+    args, clean, sinks = example(rows, heads, kv_heads, D, block_size, dtype)
+    got = paged_attention(*args, window=window, sinks=sinks, return_lse=True)
+    want = reference(args[0], *clean, *args[3:], window=window, sinks=sinks, return_lse=True)
+    for a, b in zip(got, want): torch.testing.assert_close(a, b, atol=STEP[dtype], rtol=STEP[dtype])
+    assert not arrivals(args[0].device, 4096).any()
+
+def test_larger_limits_and_padding_rows_change_nothing():
+    from simplellm.kernels.attention import paged_attention
+    args, _, sinks = example([(1, 20), (1, 300), (1, 7)], 4, 2, 16, 16)
+    q, k, v, tables, lengths, cu, *_ = args
+    want = paged_attention(*args, sinks=sinks)
+    lengths = torch.cat([lengths, lengths.new_zeros(2)])
+    cu = torch.cat([cu, cu[-1:] + 1, cu[-1:] + 2])
+    padded = paged_attention(torch.cat([q, q[:2]]), k, v, torch.cat([tables, tables[:2]]), lengths, cu, 1, 4096, 0.25, sinks=sinks)
+    torch.testing.assert_close(padded[:3], want, atol=1e-6, rtol=1e-6)
+    assert not padded[3:].any()
+
+def test_batch_invariance_over_chunks():
+    from simplellm.kernels.attention import paged_attention
+    (q, k, v, tables, lengths, cu, *_), _, _ = example([(30, 50), (1, 20)], 4, 2, 16, 16)
+    run = lambda q, r, n, m: paged_attention(q, k, v, tables[r:r + 1], lengths.new_tensor([m]), cu.new_tensor([0, n]), n, m, 0.25, window=9, batch_invariant=True)
+    whole = paged_attention(q, k, v, tables, lengths, cu, 30, 50, 0.25, window=9, batch_invariant=True)
+    parts = [run(q[:7], 0, 7, 27), run(q[7:29], 0, 22, 49), run(q[29:30], 0, 1, 50), run(q[30:], 1, 1, 20)]
+    assert torch.cat(parts).equal(whole)
+
+def test_what_is_refused():
+    from simplellm.kernels.attention import paged_attention
+    args, _, _ = example([(1, 5)], 4, 2, 32, 16)
+    with pytest.raises(ValueError, match="head_dim=24"): paged_attention(args[0][..., :24], *args[1:])
+    with pytest.raises(ValueError, match="^q="): paged_attention(args[0][:, :3], *args[1:])
+    with pytest.raises(ValueError, match="^window=0"): paged_attention(*args, window=0)
+    with pytest.raises(ValueError, match="^scale="): paged_attention(*args[:-1], 0.0)
