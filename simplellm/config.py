@@ -85,6 +85,7 @@ def check_sizes(c # a ModelConfig
     "Refuse widths and heads that do not fit together"
     check_counts(c, "vocab_size", "hidden_size", "intermediate_size", "max_position")
     check_counts(c, "num_heads", "num_kv_heads", "head_dim")
+    check_counts(c, "mlp_size", optional=True)
     check_numbers(c, "rms_eps", "swiglu_alpha", "swiglu_limit")
     check(c.num_heads % c.num_kv_heads == 0, "num_kv_heads", c.num_kv_heads, f"a divisor of num_heads={c.num_heads}")
     check(c.head_dim % 2 == 0, "head_dim", c.head_dim, "an even number")
@@ -112,7 +113,7 @@ def check_ids(c # a ModelConfig
 def check_switches(c # a ModelConfig
                   )->None:
     "Refuse switches in a position they do not have"
-    check_choice(c, "sinks", "qkv_bias", "o_bias", "qk_norm", "tie_embeddings", choices=(True, False))
+    check_choice(c, "sinks", "qkv_bias", "o_bias", "mlp_bias", "qk_norm", "norm_topk_prob", "tie_embeddings", choices=(True, False))
     check_choice(c, "activation", choices=("swiglu", "clamped_swiglu"))
     check_choice(c, "dtype", choices=("bfloat16", "float16", "float32"))
     check_choice(c, "experts", choices=("mxfp4", "dense"))
@@ -122,10 +123,12 @@ def check_experts(c # a ModelConfig
                  )->None:
     "Refuse a mixture that cannot be routed or packed"
     E, least = c.num_experts, int(c.num_experts != 0)
-    check(type(E) is int and E >= 0, "num_experts", E, "an integer >= 0")
+    check(type(E) is int and 0 <= E <= 4096, "num_experts", E, "an integer from 0 to 4096")
     check(type(c.top_k) is int and least <= c.top_k <= E, "top_k", c.top_k, f"{least} to num_experts={E}")
     for n in ("hidden_size", "intermediate_size") if E and c.experts == "mxfp4" else ():
         check(getattr(c, n) % 32 == 0, n, getattr(c, n), "a multiple of 32, the weights under one MXFP4 scale")
+    inside = isinstance(c.mlp_layers, tuple) and all(type(i) is int and 0 <= i < c.num_layers for i in c.mlp_layers)
+    check(inside, "mlp_layers", c.mlp_layers, f"layers below num_layers={c.num_layers}")
 
 # %% ../nbs/00_config.ipynb #e70beff3
 @dataclass(frozen=True)
@@ -137,17 +140,21 @@ class ModelConfig:
     num_layers:int
     num_heads:int # query heads, Hq
     num_kv_heads:int # key and value heads, Hkv; divides num_heads
-    head_dim:int # D, even
-    intermediate_size:int # width inside one MLP or expert, I
+    head_dim:int|None # D, even; None = hidden_size/num_heads
+    intermediate_size:int # width inside one expert, or inside every MLP if there are none, I
     max_position:int # longest sequence, in tokens
     rope:RopeConfig=field(default_factory=RopeConfig)
     windows:tuple[int|None, ...]|None=None # visible keys per layer; None = all of them
     rms_eps:float=1e-5
     num_experts:int=0 # E; 0 = one dense MLP
     top_k:int=0 # experts that each token visits
+    norm_topk_prob:bool=True # do the weights of a token's experts sum to 1?
+    mlp_layers:tuple[int, ...]=() # layers of a mixture that have one dense MLP instead
+    mlp_size:int|None=None # width inside that MLP; None = intermediate_size
     sinks:bool=False # does each head have a learned attention sink?
     qkv_bias:bool=False
     o_bias:bool=False
+    mlp_bias:bool=False # of dense MLPs
     qk_norm:bool=False # RMSNorm on every head's q and k
     tie_embeddings:bool=False # is lm_head the embedding?
     activation:str="clamped_swiglu" # or swiglu
@@ -160,9 +167,13 @@ class ModelConfig:
     pad_token_id:int|None=None
 
     def __post_init__(self):
-        check_counts(self, "num_layers")
+        check_counts(self, "num_layers", "hidden_size", "num_heads")
+        check(self.num_layers <= 4096, "num_layers", self.num_layers, "at most 4096")
         if self.windows is None: object.__setattr__(self, "windows", (None,)*self.num_layers)
+        if self.head_dim is None: object.__setattr__(self, "head_dim", self.hidden_size//self.num_heads)
         for check_one in (check_sizes, check_windows, check_ids, check_switches, check_experts): check_one(self)
+
+    def has_experts(self, layer:int)->bool: "Is this layer a mixture?"; return self.num_experts > 0 and layer not in self.mlp_layers
 
 # %% ../nbs/00_config.ipynb #fb50336e
 def check_engine(e # an EngineConfig

@@ -13,11 +13,13 @@ from .mxfp4 import MXFP4, dequantize_mxfp4
 
 # %% ../nbs/08_moe.ipynb #761ddca1
 def route(logits:torch.Tensor, # [tokens, experts]
-          top_k:int # experts per token
+          top_k:int, # experts per token
+          normalize:bool=True # do a token's weights sum to 1?
          )->tuple[torch.Tensor, torch.Tensor]: # weights [tokens, top_k] float32, ids [tokens, top_k]
     "The best experts of each token, best first, and what each counts"
     values, ids = logits.topk(top_k, dim=-1)
-    return values.softmax(-1, dtype=torch.float32), ids
+    if normalize: return values.softmax(-1, dtype=torch.float32), ids
+    return logits.softmax(-1, dtype=torch.float32).gather(-1, ids), ids
 
 # %% ../nbs/08_moe.ipynb #78ec26be
 def swiglu(gate_up:torch.Tensor # [..., 2*I], gate then up

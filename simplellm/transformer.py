@@ -17,8 +17,8 @@ from .kvcache import KVCache, make_cache
 from .batch import Batch
 from . import parallel
 from .parallel import Shard
-from .layers import (AttentionWeights, MoeWeights, take, attention_layer, moe_layer, activation_of, embed,
-                              score_words)
+from .layers import (AttentionWeights, MlpWeights, MoeWeights, take, attention_layer, mlp_layer, moe_layer,
+                              activation_of, embed, score_words)
 
 # %% ../nbs/20_transformer.ipynb #99f4a548
 class Transformer:
@@ -33,12 +33,12 @@ class Transformer:
         self.device, self.dtype = self.table.device, self.table.dtype
         self.ops = ops or choose_ops(self.device, self.dtype)
         self.sum = all_reduce or partial(parallel.all_reduce, size=shard.size)
-        self.attn, self.moe = ([take(cls, weights, f"layers.{i}.") for i in range(config.num_layers)]
-                               for cls in (AttentionWeights, MoeWeights))
+        kinds = [(AttentionWeights, MoeWeights if config.has_experts(i) else MlpWeights) for i in range(config.num_layers)]
+        self.layers = [tuple(take(cls, weights, f"layers.{i}.") for cls in pair) for i, pair in enumerate(kinds)]
         self.final_norm, self.lm_head = weights["final_norm"], weights["embed" if config.tie_embeddings else "lm_head"]
         self.rope = rope_table(config.rope, config.head_dim, config.max_position, self.device)
         self.activation, group = activation_of(config), config.num_heads // config.num_kv_heads
-        self.kv_heads = len(self.attn[0].qkv_proj_weight) // config.head_dim // (group + 2)
+        self.kv_heads = len(self.layers[0][0].qkv_proj_weight) // config.head_dim // (group + 2)
 
     @torch.inference_mode()
     def __call__(self,
@@ -50,14 +50,19 @@ class Transformer:
         split = self.sum if len(self.table) < self.config.vocab_size else None
         x = embed(batch.token_ids, self.table, first, split)
         residual = torch.zeros_like(x)
-        for i, (a, m) in enumerate(zip(self.attn, self.moe)):
+        for i, (a, m) in enumerate(self.layers):
             x, residual = norm(x, a.attn_norm, eps, residual)
             window = self.config.windows[i]
-            x = attention_layer(x, a, batch, *kv.layer(i), self.rope, window, self.ops, self.sum)
+            x = attention_layer(x, a, batch, *kv.layer(i), self.rope, window, self.ops, eps, self.sum)
             x, residual = norm(x, m.mlp_norm, eps, residual)
-            x = moe_layer(x, m, self.config.top_k, self.activation, self.ops, self.sum)
+            x = self.think(x, m)
         x = norm((x + residual)[batch.logits_rows], self.final_norm, eps)
         return score_words(x, self.lm_head, self.ops, self.config.vocab_size, first, split)
+
+    def think(self, x:Tensor, m:MoeWeights|MlpWeights)->Tensor: # [T, H] normalized -> [T, H]
+        "The half of a layer that treats each token alone"
+        if isinstance(m, MlpWeights): return mlp_layer(x, m, self.activation, self.ops, self.sum)
+        return moe_layer(x, m, self.config.top_k, self.activation, self.ops, self.sum, self.config.norm_topk_prob)
 
 # %% ../nbs/20_transformer.ipynb #fe1f850e
 def new_cache(model:Transformer, # also a method of it
