@@ -24,7 +24,8 @@ def weight_bytes(c:ModelConfig
     "Memory of a model's weights as its checkpoint stores them"
     size = Counter(embedding=0, dense=0, experts=0)
     for r in tensor_table(c):
-        expert = r.shape[0] == c.num_experts and any(f".{n}_proj" in r.ours for n in ("gate_up", "down"))
+        _, layer, part = (r.ours.split(".") + ["", ""])[:3]
+        expert = part in ("gate_up_proj", "down_proj") and c.has_experts(int(layer))
         kind = "experts" if expert else "embedding" if r.ours == "embed" and not c.tie_embeddings else "dense"
         size[kind] += math.prod(r.shape) * (1 if r.packed else getattr(torch, c.dtype).itemsize)
     return size
