@@ -17,25 +17,29 @@ from .mxfp4 import Prepared, _decode, _load_mxfp4, _pairs, _scaled
 
 # %% ../nbs/13_moe_kernel.ipynb #20378424
 @triton.jit
-def _route(logits, active, weights, ids, E, stride, K: tl.constexpr, BE: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr):
+def _route(logits, active, weights, ids, E, stride, NORMALIZE: tl.constexpr, K: tl.constexpr, BE: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr):
     t, e, j = tl.program_id(0).to(tl.int64), tl.arange(0, BE), tl.arange(0, BK)
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     v = tl.load(logits + t * stride + e, mask=e < E, other=-float("inf")).to(tl.float32)
+    highest = tl.max(v, 0)
+    total = tl.sum(tl.exp(v - highest), 0)
     best, chosen = tl.full([BK], -float("inf"), tl.float32), tl.full([BK], -1, tl.int32)
     for i in tl.static_range(K):
         top, at = tl.max(v, 0, return_indices=True)
         best, chosen = tl.where(j == i, top, best), tl.where(j == i, at, chosen)
         v = tl.where(e == at, -float("inf"), v)
-    p = tl.exp(best - tl.max(best, 0))
+    p = tl.exp(best - highest)
+    if NORMALIZE: total = tl.sum(p, 0)
     if active is not None: chosen = tl.where(t < tl.load(active), chosen, -1)
-    tl.store(weights + t * K + j, tl.where(chosen < 0, 0., p / tl.sum(p, 0)), mask=j < K)
+    tl.store(weights + t * K + j, tl.where(chosen < 0, 0., p / total), mask=j < K)
     tl.store(ids + t * K + j, chosen.to(tl.int64), mask=j < K)
 
 # %% ../nbs/13_moe_kernel.ipynb #cfd3ccf9
 def route(logits:torch.Tensor, # [tokens, experts]
           top_k:int, # experts per token
+          normalize:bool=True, # do a token's weights sum to 1?
           active:torch.Tensor|None=None, # on the device: tokens that are real; the rows after them are padding. None = all
           pdl:bool=False # start before the previous kernel ends; Hopper and newer
          )->tuple[torch.Tensor, torch.Tensor]: # weights [tokens, top_k] float32, ids [tokens, top_k], -1 for padding
@@ -44,7 +48,8 @@ def route(logits:torch.Tensor, # [tokens, experts]
     if not 0 < top_k <= E: raise ValueError(f"route: top_k={top_k}: expected 1 to {E}, the number of experts")
     weights, ids = logits.new_empty(T, top_k, dtype=torch.float32), logits.new_empty(T, top_k, dtype=torch.long)
     block = dict(BE=triton.next_power_of_2(E), BK=triton.next_power_of_2(top_k))
-    if T: _route[(T,)](logits, active, weights, ids, E, logits.stride(0), K=top_k, PDL=pdl, num_warps=1, launch_pdl=pdl, **block)
+    if T: _route[(T,)](logits, active, weights, ids, E, logits.stride(0), NORMALIZE=normalize, K=top_k, PDL=pdl,
+                      num_warps=1, launch_pdl=pdl, **block)
     return weights, ids
 
 # %% ../nbs/13_moe_kernel.ipynb #44301ec1
@@ -273,4 +278,4 @@ AOT = [_case("gate_up, 1 token", 1), _case("gate_up, 1 token, PDL", 1, pdl=True)
        _case("dense, 1 token", 1, packed=False), _case("dense, 4096 tokens", 4096, packed=False), _case("fp16, 1 token", 1, dtype="fp16")]
 AOT += [dict(fn=_group, label="1024 ids at a time", signature=dict(ids="*i64", order="*i32", offsets="*i32", A="i32", E="i32"), targets=("sm_90a",), constexprs=dict(BLOCK=1024, PDL=False)),
         dict(fn=_route, label="4 of 128", signature=dict(logits="*bf16", weights="*fp32", ids="*i64", E="i32:16", stride="i32:16"), num_warps=1, targets=("sm_90a",),
-             constexprs=dict(active=None, K=4, BE=128, BK=4, PDL=False))]
+             constexprs=dict(active=None, NORMALIZE=True, K=4, BE=128, BK=4, PDL=False))]

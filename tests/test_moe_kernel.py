@@ -67,6 +67,10 @@ def test_only_padding(T):
     assert (ids == -1).all() and not weights.any()
     assert not ours.moe(noise(g, T, 32) * torch.nan, weights, ids, *mine, clamped).any()
 
+def test_weights_that_do_not_sum_to_one():
+    logits = noise(torch.Generator().manual_seed(2), 5, 13)
+    torch.testing.assert_close(ours.route(logits, 4, normalize=False), plain.route(logits, 4, normalize=False), atol=1e-6, rtol=1e-6)
+
 def test_no_tokens():
     g = torch.Generator().manual_seed(0)
     _, mine = experts(g, 32, 32, 3, False, torch.float32)
