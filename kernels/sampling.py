@@ -35,7 +35,7 @@ def _luck(seeds, positions, row, seed_step, position_step):
 
 # %% ../nbs/14_sampling_kernel.ipynb #0d2f98db
 @triton.jit
-def _look(logits, temperatures, seeds, positions, floats, ints, N, V, S, stride, knob_step, seed_step, position_step,
+def _look(logits, temperatures, seeds, positions, floats, ints, V, S, stride, knob_step, seed_step, position_step,
           GREEDY: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr):
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -43,18 +43,18 @@ def _look(logits, temperatures, seeds, positions, floats, ints, N, V, S, stride,
     s, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     i = s * TILE + tl.arange(0, TILE)
     x = tl.load(logits + row * stride + i, mask=i < V, other=-float("inf")).to(tl.float32)
-    top, at, part = tl.max(x, 0), row * S + s, N.to(tl.int64) * S
+    top, at = tl.max(x, 0), row * 3 * S + s
     tl.store(floats + at, top)
-    tl.store(ints + at, tl.min(tl.where(x == top, i, V), 0))
+    tl.store(ints + at, tl.min(tl.where(x == top, i, V - 1), 0))
     if not GREEDY:
         t = tl.load(temperatures + row * knob_step)
         a, b = _luck(seeds, positions, row, seed_step, position_step)
         w = tl.exp2((x - tl.where(top == -float("inf"), 0., top)) * (1.4426950408889634 / tl.where(t < 1e-5, 1., t)))
         score = w / _times(i, a, b)
         best = tl.max(score, 0)
-        tl.store(floats + part + at, tl.sum(w, 0))
-        tl.store(floats + 2 * part + at, best)
-        tl.store(ints + part + at, tl.min(tl.where((score == best) & (i < V), i, V), 0))
+        tl.store(floats + at + S, tl.sum(w, 0))
+        tl.store(floats + at + 2 * S, best)
+        tl.store(ints + at + S, tl.min(tl.where(score == best, i, V - 1), 0))
 
 # %% ../nbs/14_sampling_kernel.ipynb #425eb789
 @triton.jit
@@ -71,7 +71,7 @@ def _ahead(logits, tops, V, S, x0, i0, top, c, a, b, RACE: tl.constexpr, TILE: t
             if RACE:
                 score = tl.where(ahead, w / _times(i, a, b), -1.)
                 best, who = tl.maximum(best, score), tl.where(score > best, i, who)
-    return tl.sum(n, 0), tl.sum(mass, 0), tl.min(tl.where(best == tl.max(best, 0), who, V), 0)
+    return tl.sum(n, 0), tl.sum(mass, 0), tl.min(tl.where(best == tl.max(best, 0), who, V - 1), 0)
 
 @triton.jit
 def _ordered(bits): # int32 bits of a float <-> an integer of the same order
@@ -91,33 +91,33 @@ def _top_mass(logits, tops, V, S, k, low, high, n, mass, top, c, TILE: tl.conste
 
 # %% ../nbs/14_sampling_kernel.ipynb #2c6e6700
 @triton.jit
-def _choose(logits, knobs, top_ks, seeds, positions, floats, ints, ids, N, V, S, stride, knob, knob_step, k_step, seed_step, position_step,
+def _choose(logits, knobs, top_ks, seeds, positions, floats, ints, ids, V, S, stride, knob, knob_step, k_step, seed_step, position_step,
             GREEDY: tl.constexpr, FILTER: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr, PDL: tl.constexpr):
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     row, s = tl.program_id(0).to(tl.int64), tl.arange(0, TILES)
-    at, part, live = row * S + s, N.to(tl.int64) * S, s < S
+    at, live = row * 3 * S + s, s < S
     tops = tl.load(floats + at, mask=live, other=-float("inf"))
     top = tl.max(tops, 0)
-    best = tl.min(tl.where((tops == top) & live, tl.load(ints + at, mask=live, other=0), V), 0)
+    best = tl.min(tl.where((tops == top) & live, tl.load(ints + at, mask=live, other=0), V - 1), 0)
     if GREEDY: tl.store(ids + row, best.to(tl.int64))
     else:
         t = tl.load(knobs + row * knob_step)
         cold = t < 1e-5
         c = 1.4426950408889634 / tl.where(cold, 1., t)
         fade = tl.exp2((tops - tl.where(top == -float("inf"), 0., top)) * c)
-        score = tl.where(live, tl.load(floats + 2 * part + at, mask=live, other=0.) * fade, -1.)
-        winner = tl.min(tl.where(score == tl.max(score, 0), tl.load(ints + part + at, mask=live, other=0), V), 0)
+        score = tl.where(live, tl.load(floats + at + 2 * S, mask=live, other=0.) * fade, -1.)
+        winner = tl.min(tl.where(score == tl.max(score, 0), tl.load(ints + at + S, mask=live, other=0), V - 1), 0)
         if FILTER:
             k, p = tl.load(top_ks + row * k_step).to(tl.int32), tl.load(knobs + knob + row * knob_step)
             min_p = tl.load(knobs + 2 * knob + row * knob_step)
-            z, n_all, mine, tile_tops = tl.sum(tl.load(floats + part + at, mask=live, other=0.) * fade, 0), V, logits + row * stride, floats + row * S
+            z, n_all, mine, tile_tops = tl.sum(tl.load(floats + at + S, mask=live, other=0.) * fade, 0), V, logits + row * stride, floats + row * 3 * S
             a, b = _luck(seeds, positions, row, seed_step, position_step)
             least = tl.where(min_p > 0, top + tl.log2(tl.maximum(min_p, 1e-38)) / c, -float("inf"))
             if (min_p > 0) & (cold == 0): n_all, z, winner = _ahead(mine, tile_tops, V, S, least, V, top, c, a, b, True, TILE)
             searched = (k <= 0) | (k >= n_all)
-            todo = ((k > 0) | (p < 1)) & (cold == 0)
+            todo, rest = ((k > 0) | (p < 1)) & (cold == 0), V + 1
             while todo:
                 x = tl.load(mine + winner).to(tl.float32)
                 n, mass, runner_up = _ahead(mine, tile_tops, V, S, x, winner, top, c, a, b, True, TILE)
@@ -126,8 +126,8 @@ def _choose(logits, knobs, top_ks, seeds, positions, floats, ints, ids, N, V, S,
                 if fits & (searched == 0) & (p < 1) & (mass < p * most) & (mass >= p * (mass + w)):
                     z = _top_mass(mine, tile_tops, V, S, k, least, x, n_all, z, top, c, TILE)
                     most, searched = z, k > 0
-                todo = (fits & ((p >= 1) | (mass < p * most))) == 0
-                winner = tl.where(todo, runner_up, winner)
+                todo = ((fits & ((p >= 1) | (mass < p * most))) == 0) & (n < rest) # each round must leave fewer, or inf and nan would keep it busy
+                winner, rest = tl.where(todo, runner_up, winner), n
         tl.store(ids + row, tl.where(cold, best, winner).to(tl.int64))
 
 # %% ../nbs/14_sampling_kernel.ipynb #ee0752ba
@@ -147,8 +147,8 @@ def sample(logits:torch.Tensor, # [N, V] as the model gave them, float32 or 16 b
     step = lambda t, dim=0: 0 if sb.greedy else t.stride(dim)
     steps, same = [step(knobs, 1), *map(step, luck)], dict(GREEDY=sb.greedy, TILE=tile, PDL=pdl, launch_pdl=pdl, num_warps=8)
     if N:
-        _look[S, N](logits, knobs, *luck, floats, ints, N, V, S, logits.stride(0), *steps, **same)
-        _choose[N,](logits, knobs, sb.top_k, *luck, floats, ints, ids, N, V, S, logits.stride(0), step(knobs), steps[0], step(sb.top_k), *steps[1:],
+        _look[S, N](logits, knobs, *luck, floats, ints, V, S, logits.stride(0), *steps, **same)
+        _choose[N,](logits, knobs, sb.top_k, *luck, floats, ints, ids, V, S, logits.stride(0), step(knobs), steps[0], step(sb.top_k), *steps[1:],
                     FILTER=sb.sorts or sb.min_p, TILES=triton.next_power_of_2(S), **same)
     return ids
 
@@ -156,7 +156,7 @@ def sample(logits:torch.Tensor, # [N, V] as the model gave them, float32 or 16 b
 def _case(fn, what, dtype="bf16", **fixed):
     "One representative compilation"
     types = dict(logits=f"*{dtype}", knobs="*fp32", temperatures="*fp32", top_ks="*i64", seeds="*i64", positions="*i64", floats="*fp32", ints="*i32", ids="*i64") \
-        | dict.fromkeys(("N", "S", "knob", "knob_step", "k_step", "seed_step", "position_step"), "i32") | dict.fromkeys(("V", "stride"), "i32:16")
+        | dict.fromkeys(("S", "knob", "knob_step", "k_step", "seed_step", "position_step"), "i32") | dict.fromkeys(("V", "stride"), "i32:16")
     fixed = dict(GREEDY=False, TILE=2048, PDL=False) | (dict(FILTER=True, TILES=128) if fn is _choose else {}) | fixed
     absent = dict.fromkeys(("knobs", "temperatures", "top_ks", "seeds", "positions") if fixed["GREEDY"] else ())
     signature = {n: types[n] for n in fn.arg_names if n in types and n not in absent}

@@ -53,3 +53,10 @@ def test_what_is_refused_and_no_rows():
     with pytest.raises(ValueError, match="^logits="): sample(logits_of(8, 8, "plain").T, sb)
     with pytest.raises(ValueError, match="^sb=1"): sample(logits_of(8, 2, "plain"), sb)
     assert sample(logits_of(8, 2, "plain")[:0], make_sampling([row(1, temperature=0)], device)).shape == (0,)
+
+def test_infinite_logits_end():
+    from simplellm.kernels.sampling import sample
+    logits = logits_of(40, 2, "plain")
+    logits[0, 5] = math.inf
+    logits[1] = math.nan
+    assert all(0 <= i < 40 for i in sample(logits, make_sampling([row(1, top_k=3, top_p=0.5)] * 2, device), 32).tolist())
