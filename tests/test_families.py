@@ -1,0 +1,163 @@
+"Every family against transformers: random small checkpoints, their logits, and greedy tokens alone and in company"
+import copy, importlib.util, json, math, random, threading
+from pathlib import Path
+import pytest, torch
+
+transformers = pytest.importorskip("transformers", reason="the judge of this file")
+from simplellm.batch import make_batch
+from simplellm.checkpoint import Checkpoint, CheckpointError
+from simplellm.config import EngineConfig
+from simplellm.engine import Engine, RequestOutput, make_job
+from simplellm.models import FAMILIES, load_model, load_weights, read_config, tensor_table
+from simplellm.parallel import Shard
+from simplellm.sampling import SamplingParams
+from simplellm.transformer import Transformer
+
+_spec = importlib.util.spec_from_file_location("parity", Path(__file__).with_name("test_parity.py"))
+parity = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(parity)
+
+CASES, PROMPT, NEW = 10, 40, 64
+ROPE = dict(default={}, linear=dict(factor=2.0), yarn=dict(factor=4.0, original_max_position_embeddings=32),
+            llama3=dict(factor=8.0, original_max_position_embeddings=64, low_freq_factor=1.0, high_freq_factor=4.0))
+
+def windows(rng, layers): return dict(use_sliding_window=rng.random() < .7, sliding_window=rng.choice([1, 7, 16, 33]),
+                                      max_window_layers=rng.randint(0, layers - 1))
+def experts(rng, n): return dict(num_local_experts=n, num_experts_per_tok=rng.randint(1, min(n, 3)))
+
+OWN = dict( # what a family has beside the others
+    llama=lambda rng, seed, layers: dict(head_dim=rng.choice([None, 16, 32]), attention_bias=seed % 3 == 1, mlp_bias=seed % 3 == 2),
+    qwen2=lambda rng, seed, layers: windows(rng, layers),
+    qwen3=lambda rng, seed, layers: dict(head_dim=rng.choice([8, 16, 32]), attention_bias=seed % 3 == 1) | windows(rng, layers),
+    qwen3_moe=lambda rng, seed, layers: experts(rng, rng.choice([1, 4, 7])) | windows(rng, layers) | dict(
+        head_dim=rng.choice([8, 16]), attention_bias=seed % 3 == 1, moe_intermediate_size=rng.choice([8, 24]), norm_topk_prob=seed % 2 == 0,
+        mlp_only_layers=[0] if seed % 3 == 2 else [], decoder_sparse_step=2 if seed % 5 == 4 else 1),
+    mixtral=lambda rng, seed, layers: experts(rng, rng.choice([2, 4, 7])) | dict(
+        head_dim=rng.choice([None, 16]), sliding_window=rng.choice([None, 5, 16])))
+
+def random_config(family, seed, **changes):
+    "A model that nobody would train, in transformers' words"
+    rng = random.Random(f"{family} {seed}")
+    kv_heads, layers, kind = rng.choice([1, 2, 3]), rng.choice([1, 2, 3]), list(ROPE)[seed % 4]
+    heads = kv_heads * rng.choice([1, 2, 4])
+    d = dict(vocab_size=rng.choice([50, 96, 131]), hidden_size=heads * rng.choice([8, 16]), intermediate_size=rng.choice([24, 40]),
+             num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads, max_position_embeddings=256,
+             rms_norm_eps=rng.choice([1e-5, 1e-6]), tie_word_embeddings=seed % 2 == 1, eos_token_id=[3, 5], bos_token_id=None, pad_token_id=None,
+             rope_parameters=dict(rope_type=kind, rope_theta=rng.choice([1e4, 5e5]), **ROPE[kind]), attn_implementation="eager")
+    name = FAMILIES[family].architecture.removesuffix("ForCausalLM")
+    return getattr(transformers, name + "Config")(**d | OWN[family](rng, seed, layers) | changes)
+
+def random_judge(family, seed, folder, **changes):
+    "transformers' model, written to a folder as float32 or bfloat16; the judge has what was written, in float32"
+    config = random_config(family, seed, **changes)
+    torch.manual_seed(seed)
+    model, dtype = getattr(transformers, FAMILIES[family].architecture)(config).eval(), torch.bfloat16 if seed % 3 == 0 else torch.float32
+    for name, p in model.named_parameters():
+        centre, spread = (1, .2) if "norm" in name else (0, .2 if "bias" in name else p.shape[-1] ** -.5)
+        p.data = (centre + spread * torch.randn_like(p)).to(dtype).float()
+    copy.deepcopy(model).to(dtype).save_pretrained(folder)
+    return model
+
+def generate(engine, prompts):
+    "Greedy tokens of prompts that are in the engine together"
+    jobs, done = [make_job(engine, p, SamplingParams(temperature=0, max_tokens=NEW, ignore_eos=True)) for p in prompts], {}
+    for j in jobs: engine.add(j)
+    while engine.has_work:
+        for key, news in engine.step():
+            if isinstance(news, Exception): raise news
+            if isinstance(news, RequestOutput): done[key] = news
+    return [done[j.id] for j in jobs]
+
+@pytest.mark.parametrize("seed", range(CASES))
+@pytest.mark.parametrize("family", OWN)
+def test_family(tmp_path, family, seed):
+    "The same greedy tokens alone, and in chunks with company and a found prefix; the same logits however they are computed"
+    judge, rng = random_judge(family, seed, tmp_path), random.Random(seed)
+    model = load_model(tmp_path, device="cpu")
+    assert model.config.dtype == ("bfloat16" if seed % 3 == 0 else "float32") and model.dtype == torch.float32
+    first, other = ([rng.randrange(model.config.vocab_size) for _ in range(PROMPT)] for _ in range(2))
+    prompts = [first, first[:24] + other[24:], other]
+    engine = Engine(model, EngineConfig(max_num_batched_tokens=16, max_num_seqs=3, max_model_len=128, num_blocks=64, block_size=8))
+    alone, together = generate(engine, [first]), generate(engine, prompts)
+    assert together[0].outputs[0].token_ids == alone[0].outputs[0].token_ids
+    assert together[0].num_cached_tokens > 0 < together[1].num_cached_tokens
+    tokens = [p + o.outputs[0].token_ids for p, o in zip(prompts, together)]
+    with torch.inference_mode(): want = judge(torch.tensor(tokens)).logits.float()
+    assert want.std() > .3, "logits of no natural size prove nothing"
+    for w, t in zip(want, tokens): assert w[PROMPT - 1:-1].argmax(-1).tolist() == t[PROMPT:]  # what the judge would have continued with
+    parity.close(parity.in_steps(model, tokens, rng.choice([1, 5, 16]), lambda i, left: rng.randint(1, min(left, 25)), rng), want)
+
+def test_cases_are_different():
+    for family in OWN:
+        configs = [random_config(family, s) for s in range(CASES)]
+        assert {c.rope_parameters["rope_type"] for c in configs} == set(ROPE)
+        assert len({c.num_attention_heads // c.num_key_value_heads for c in configs}) > 1 and len({c.num_hidden_layers for c in configs}) > 1
+        if family != "llama": assert len({c.sliding_window for c in configs}) > 2
+
+@pytest.mark.parametrize("family", OWN)
+def test_ranks_agree_with_one(tmp_path, family):
+    "Two ranks with a part of each tensor"
+    changes = dict(num_attention_heads=4, num_key_value_heads=2, hidden_size=64, vocab_size=96, num_hidden_layers=2)
+    judge, room, got = random_judge(family, 2, tmp_path, **changes), parity.Room(2), [None] * 2
+    tokens, checkpoint, config = [7 * i % 96 for i in range(30)], Checkpoint(tmp_path), read_config(tmp_path)
+    with torch.inference_mode(): want = judge(torch.tensor([tokens])).logits[0]
+    def rank(r):
+        shard = Shard(r, 2)
+        model = Transformer(config, load_weights(checkpoint, config, torch.float32, "cpu", shard=shard), shard=shard,
+                            all_reduce=lambda x: room.all_reduce(r, x))
+        got[r] = model(make_batch([(tokens, 0, [1, 0], "all")], 16), model.new_cache(2))
+    threads = [threading.Thread(target=rank, args=(r,), daemon=True) for r in range(2)]
+    for t in threads: t.start()
+    for t in threads: t.join(120)
+    parity.close(got, [want] * 2)
+
+REFUSED = [
+    ("llama", dict(hidden_act="gelu"), "hidden_act 'gelu'"), ("llama", dict(partial_rotary_factor=.5), "partial_rotary_factor"),
+    ("llama", dict(rope_parameters=dict(rope_type="longrope", rope_theta=1e4, short_factor=[1.0])), "rope_type 'longrope'"),
+    ("llama", dict(rope_parameters=dict(rope_type="llama3", rope_theta=1e4, factor=8.0, original_max_position_embeddings=64)), "low_freq_factor"),
+    ("llama", dict(rope_parameters=dict(rope_type="yarn", type="linear", rope_theta=1e4, factor=2.0)), "contradicts"),
+    ("llama", dict(num_hidden_layers=10**18), "num_hidden_layers"), ("llama", dict(mlp_bias="yes"), "mlp_bias"),
+    ("llama", dict(quantization_config=dict(quant_method="mxfp4")), "quantization_config"), ("qwen3", dict(head_dim="gone"), "head_dim"),
+    ("qwen2", dict(use_sliding_window="gone"), "use_sliding_window"), ("qwen2", dict(use_sliding_window="no"), "use_sliding_window"),
+    ("qwen2", dict(use_sliding_window=True, sliding_window=8, layer_types="gone", max_window_layers="gone"), "max_window_layers"),
+    ("qwen3_moe", dict(mlp_only_layers=3), "mlp_only_layers"), ("qwen3_moe", dict(decoder_sparse_step=0), "decoder_sparse_step"),
+    ("qwen3_moe", dict(norm_topk_prob="gone"), "norm_topk_prob"), ("qwen3_moe", dict(norm_topk_prob="no"), "norm_topk_prob"),
+    ("qwen3_moe", dict(moe_intermediate_size=0), "moe_intermediate_size"), ("mixtral", dict(num_local_experts=10**9), "num_local_experts"),
+    *[("llama", dict(model_type="olmoe", architectures=["OlmoeForCausalLM"]), f.architecture) for f in FAMILIES.values()]]
+
+@pytest.mark.parametrize("family, changes, words", REFUSED)
+def test_refused(tmp_path, family, changes, words):
+    "What we do not do is refused under its name"
+    random_config(family, 0).save_pretrained(tmp_path)
+    file = tmp_path/"config.json"
+    assert read_config(tmp_path).family == family
+    file.write_text(json.dumps({k: v for k, v in (json.loads(file.read_text()) | changes).items() if v != "gone"}))
+    with pytest.raises(CheckpointError, match=words): read_config(tmp_path)
+
+HUB = dict( # config.json as published, shortened; the model's parameters
+    llama=(dict(head_dim=64, hidden_size=2048, intermediate_size=8192, max_position_embeddings=131072, num_attention_heads=32, num_hidden_layers=16,
+        num_key_value_heads=8, rms_norm_eps=1e-5, rope_theta=500000.0, tie_word_embeddings=True, torch_dtype="bfloat16", vocab_size=128256,
+        eos_token_id=[128001, 128008, 128009], attention_bias=False, mlp_bias=False, pretraining_tp=1, rope_scaling=dict(factor=32.0,
+        high_freq_factor=4.0, low_freq_factor=1.0, original_max_position_embeddings=8192, rope_type="llama3")), 1_235_814_400),
+    qwen2=(dict(hidden_size=896, intermediate_size=4864, max_position_embeddings=32768, max_window_layers=21, num_attention_heads=14,
+        num_hidden_layers=24, num_key_value_heads=2, rms_norm_eps=1e-6, rope_theta=1000000.0, sliding_window=32768, tie_word_embeddings=True,
+        torch_dtype="bfloat16", use_sliding_window=False, vocab_size=151936, eos_token_id=151645), 494_032_768),
+    qwen3=(dict(head_dim=128, hidden_size=1024, intermediate_size=3072, max_position_embeddings=40960, max_window_layers=28, num_attention_heads=16,
+        num_hidden_layers=28, num_key_value_heads=8, rms_norm_eps=1e-6, rope_scaling=None, rope_theta=1000000, sliding_window=None,
+        tie_word_embeddings=True, torch_dtype="bfloat16", use_sliding_window=False, vocab_size=151936, attention_bias=False), 596_049_920),
+    qwen3_moe=(dict(decoder_sparse_step=1, head_dim=128, hidden_size=2048, intermediate_size=6144, max_position_embeddings=40960, mlp_only_layers=[],
+        max_window_layers=48, moe_intermediate_size=768, norm_topk_prob=True, num_attention_heads=32, num_experts=128, num_experts_per_tok=8,
+        num_hidden_layers=48, num_key_value_heads=4, rms_norm_eps=1e-6, rope_scaling=None, rope_theta=1000000.0, sliding_window=None,
+        tie_word_embeddings=False, torch_dtype="bfloat16", use_sliding_window=False, vocab_size=151936, attention_bias=False), 30_532_122_624),
+    mixtral=(dict(hidden_size=4096, intermediate_size=14336, max_position_embeddings=32768, num_attention_heads=32, num_experts_per_tok=2,
+        num_hidden_layers=32, num_key_value_heads=8, num_local_experts=8, rms_norm_eps=1e-5, rope_theta=1000000.0, sliding_window=None,
+        tie_word_embeddings=False, torch_dtype="bfloat16", vocab_size=32000), 46_702_792_704))
+
+@pytest.mark.parametrize("family", HUB)
+def test_published(tmp_path, family):
+    "The published configurations, and as many parameters as their models have"
+    d, parameters = HUB[family]
+    (tmp_path/"config.json").write_text(json.dumps(d | dict(architectures=[FAMILIES[family].architecture], model_type=family, hidden_act="silu")))
+    c = read_config(tmp_path)
+    assert sum(math.prod(r.shape) for r in tensor_table(c)) == parameters
+    assert set(c.windows) == {None} and c.activation == "swiglu" and c.norm_topk_prob
