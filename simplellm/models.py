@@ -6,10 +6,10 @@
 __all__ = ['ATTENTION', 'QKV_BIAS', 'O_BIAS', 'SINKS', 'QK_NORM', 'LM_HEAD', 'MLP', 'MLP_BIAS', 'QWEN_EXPERTS', 'GPT_OSS_MLP',
            'GPT_OSS_MXFP4', 'GPT_OSS_DENSE', 'BIASES', 'MOE', 'FAMILIES', 'PACKED', 'FIELDS', 'REQUIRED', 'ALIASES',
            'ROPE_FIELDS', 'ROPE_NEEDS', 'THEIRS', 'MIXTRAL_EXPERTS', 'Family', 'Row', 'letters', 'dimension',
-           'parse_row', 'table_lines', 'tensor_table', 'find', 'find_family', 'rope_fields', 'read_rope', 'window_of',
-           'read_windows', 'count_layers', 'read_mlp_layers', 'token_ids', 'read_eos', 'read_experts', 'name_of',
-           'read_dtype', 'config_fields', 'read_config', 'check_tensor', 'check_tensors', 'read_part', 'unpack',
-           'load_weight', 'load_weights', 'tiny_path', 'pick_dtype', 'load_model']
+           'parse_row', 'table_lines', 'tensor_table', 'find', 'find_family', 'rope_fields', 'read_rope',
+           'count_layers', 'window_of', 'read_windows', 'read_mlp_layers', 'token_ids', 'read_eos', 'read_experts',
+           'name_of', 'read_dtype', 'config_fields', 'read_config', 'check_tensor', 'check_tensors', 'read_part',
+           'unpack', 'load_weight', 'load_weights', 'tiny_path', 'pick_dtype', 'load_model']
 
 # %% ../nbs/21_models.ipynb #24237bf6
 from collections import Counter
@@ -261,15 +261,22 @@ def read_rope(d:dict, # the object in config.json
     return RopeConfig(**{ROPE_FIELDS[k]: v for k, v in r.items()})
 
 # %% ../nbs/21_models.ipynb #95b91387
-def window_of(d:dict, # the object in config.json
-              file # config.json
+def count_layers(d:dict, # the object in config.json
+                 file # config.json
+                )->int:
+    "The number of layers, before anything is made for each of them"
+    n = d.get("num_hidden_layers")
+    require(type(n) is int and 0 < n <= 4096, file, f"num_hidden_layers {n!r}, expected an integer from 1 to 4096")
+    return n
+
+def window_of(d:dict, file # as in `count_layers`
              ): # its size, or None
     "How far a sliding layer looks back, unless that is switched off"
     on = d.get("use_sliding_window", True)
     require(type(on) is bool, file, f"use_sliding_window {on!r}, expected true or false")
     return d.get("sliding_window") if on else None
 
-def read_windows(d:dict, file, # as in `window_of`
+def read_windows(d:dict, file, # as in `count_layers`
                  first:int|str|None=None # see `Family.windowed`
                 )->tuple|None: # visible keys per layer
     "Which layers look back how far"
@@ -285,13 +292,7 @@ def read_windows(d:dict, file, # as in `window_of`
     return tuple(window if k == "sliding_attention" else None for k in kinds)
 
 # %% ../nbs/21_models.ipynb #d4f42b78
-def count_layers(d:dict, file)->int: # as in `window_of`
-    "The number of layers, before anything is made for each of them"
-    n = d.get("num_hidden_layers")
-    require(type(n) is int and 0 < n <= 4096, file, f"num_hidden_layers {n!r}, expected an integer from 1 to 4096")
-    return n
-
-def read_mlp_layers(d:dict, file)->tuple[int, ...]: # as in `window_of`
+def read_mlp_layers(d:dict, file)->tuple[int, ...]: # as in `count_layers`
     "Which layers of a mixture have one dense MLP instead"
     listed, step = d.get("mlp_only_layers") or [], d.get("decoder_sparse_step", 1)
     require(isinstance(listed, list), file, f"mlp_only_layers {listed!r}, expected a list of layers")

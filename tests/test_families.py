@@ -33,7 +33,7 @@ OWN = dict( # what a family has beside the others
         head_dim=rng.choice([8, 16]), attention_bias=seed % 3 == 1, moe_intermediate_size=rng.choice([8, 24]), norm_topk_prob=seed % 2 == 0,
         mlp_only_layers=[0] if seed % 3 == 2 else [], decoder_sparse_step=2 if seed % 5 == 4 else 1),
     mixtral=lambda rng, seed, layers: experts(rng, rng.choice([2, 4, 7])) | dict(
-        head_dim=rng.choice([None, 16]), sliding_window=rng.choice([None, 5, 16])))
+        head_dim=rng.choice([None, 16][seed % 4 == 2:]), sliding_window=rng.choice([None, 5, 16]))) # transformers' Mixtral has no YaRN without head_dim
 
 def random_config(family, seed, **changes):
     "A model that nobody would train, in transformers' words"
