@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TASKS', 'PHRASES', 'CHOICES', 'WORDS', 'NOUNS', 'VERBS', 'ADJECTIVES', 'NAMES', 'ANSWERS', 'TREES', 'TOPIC_WORDS',
-           'STRANGE', 'PLAIN_WORDS', 'PHRASE_WORDS', 'SLOTS', 'QUOTES', 'LIST_FORMS', 'ASK', 'JSON_TASKS',
+           'STRANGE', 'PLAIN_WORDS', 'PHRASE_WORDS', 'COMMON', 'SLOTS', 'QUOTES', 'LIST_FORMS', 'ASK', 'JSON_TASKS',
            'KNOWN_TOOLS', 'TOOL_ARGS', 'TOOL_VERBS', 'TOOL_NOUNS', 'ARG_VALUES', 'TOPICS', 'MAKE', 'WEIGHTS', 'Sample',
            'sections', 'read', 'parse', 'expand', 'pick', 'held_out', 'phrase', 'asked', 'typo', 'recased', 'styled',
            'cased', 'thing', 'too_long', 'fill', 'dressed', 'number', 'close', 'tricky', 'pair', 'negated', 'four',
@@ -25,6 +25,7 @@ __all__ = ['TASKS', 'PHRASES', 'CHOICES', 'WORDS', 'NOUNS', 'VERBS', 'ADJECTIVES
 
 # %% ../nbs/39_tiny_tasks.ipynb #83a11e1d
 import json, re
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date, timedelta
@@ -153,8 +154,9 @@ def styled(p:str, rng:Random)->str:
 TOPIC_WORDS = {w.rstrip("s") for line in PHRASES["about.topics"] for w in re.split(r"\W+", line.split("|")[1].lower())}
 STRANGE = [w for w in NOUNS if not {w, w.rstrip("s")} & (TOPIC_WORDS | {"model", "help", "name"})]
 PLAIN_WORDS = sorted({w for w in NOUNS + VERBS + ADJECTIVES if 2 <= len(w) <= 11})
-PHRASE_WORDS = sorted({w for lines in PHRASES.values() for line in lines
-                       for w in re.findall(r"(?<![{\w])[A-Za-z]{2,12}(?![}\w])", line)})
+_used = Counter(w for lines in PHRASES.values() for line in lines
+                for w in re.findall(r"(?<![{\w])[A-Za-z]{2,12}(?![}\w])", line))
+PHRASE_WORDS, COMMON = sorted(_used), sorted(w for w, n in _used.items() if n > 7)
 
 # %% ../nbs/39_tiny_tasks.ipynb #173d1535
 def cased(s:str, rng:Random)->str:
@@ -405,7 +407,7 @@ def with_numbers(p:str, rng:Random, a:int, b:int)->str:
     r = rng.random()
     if r < .12: p = re.sub(r"(\}) ([-+*x/]) (\{)", r"\1\2\3", p)
     elif r < .18: p = other_signs(p, rng)
-    words = rng.random() < .06 and 0 <= a < 100 and 0 <= b < 100
+    words = rng.random() < .2 and 0 <= a < 100 and 0 <= b < 100
     typed = in_words if words else lambda n: f"{n:,}" if n > 999 and r > .95 else str(n)
     return fill(p, rng, a=typed(a), b=typed(b))
 
@@ -489,7 +491,8 @@ def any_word(rng:Random, real:float)->str: # real: share of words that are not m
     r = rng.random()
     if rng.random() > real: return made_up(rng)
     if r < .55: return pick(PLAIN_WORDS, rng)
-    return derived(rng) if r < .77 else pick(PHRASE_WORDS if r < .92 else NAMES, rng)
+    if r < .74: return derived(rng)
+    return pick(COMMON if r < .84 else PHRASE_WORDS if r < .92 else NAMES, rng)
 
 # %% ../nbs/39_tiny_tasks.ipynb #f74f9329
 def word(rng:Random, split:str="train", real:float=.65)->str:
@@ -1167,8 +1170,8 @@ def make_followup(rng:Random, split:str)->dict:
 # %% ../nbs/39_tiny_tasks.ipynb #3677759e
 MAKE = {t: one_turn(t) for t in ASK} | dict(json=make_json, tool=make_tool, tool_result=make_tool_result,
                                             followup=make_followup, about=make_about, decline=make_decline)
-WEIGHTS = dict(add=9, subtract=11, compare=8, multiply=9, reverse=7, copy=5, upper=5, sort=10, json=8, tool=9,
-               tool_result=4, followup=9, about=7, decline=9)
+WEIGHTS = dict(add=8, subtract=10, compare=7, multiply=9, reverse=8, copy=6, upper=7, sort=11, json=10, tool=13,
+               tool_result=4, followup=13, about=9, decline=9)
 
 # %% ../nbs/39_tiny_tasks.ipynb #e3703810
 def sample(rng:Random, task:str|None=None, # one of TASKS
