@@ -94,11 +94,11 @@ def moe_layer(x:Tensor, # [T, H] normalized
               activation:Callable, # from `activation_of`
               ops:Ops, # implementations
               all_reduce:Callable=lambda x: x, # adds up the ranks' partial sums
-              normalize:bool=True # do a token's weights sum to 1?
+              normalize:bool=True, # do a token's weights sum to 1?
+              active:Tensor|None=None # from the batch: how many rows are no padding
              )->Tensor: # [T, H], to be added to the residual
     "Each token is worked on by its best experts"
-    route = ops.route if normalize else partial(ops.route, normalize=False)
-    gates, ids = route(ops.linear(x, w.router_weight, w.router_bias), top_k)
+    gates, ids = ops.route(ops.linear(x, w.router_weight, w.router_bias), top_k, normalize=normalize, active=active)
     experts = w.gate_up_proj, w.gate_up_proj_bias, w.down_proj, w.down_proj_bias
     return all_reduce(ops.moe(x, gates, ids, *experts, activation))
 

@@ -13,6 +13,7 @@ __all__ = ['ATTENTION', 'QKV_BIAS', 'O_BIAS', 'SINKS', 'QK_NORM', 'LM_HEAD', 'ML
 
 # %% ../nbs/21_models.ipynb #24237bf6
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
@@ -22,6 +23,7 @@ from tqdm import tqdm
 from .checkpoint import Checkpoint, CheckpointError, check_finite, check_scales, read_json, require
 from .config import ModelConfig, RopeConfig, check
 from .mxfp4 import MXFP4, dequantize_mxfp4
+from .ops import choose_ops
 from .parallel import SPLITS, Shard, part
 from .transformer import Transformer
 
@@ -435,7 +437,8 @@ def load_weight(checkpoint:Checkpoint,
                 dtype:torch.dtype,
                 device, # where it goes
                 shard:Shard,
-                dequantize:bool # unpack MXFP4?
+                dequantize:bool, # unpack MXFP4?
+                prepare:Callable # what becomes of it otherwise
                )->torch.Tensor|MXFP4:
     "Read one weight: fused, or packed, or unpacked"
     parts = [read_part(checkpoint, row, shard) for row in rows]
@@ -443,7 +446,7 @@ def load_weight(checkpoint:Checkpoint,
         w = torch.cat([p.to(device=device, dtype=dtype) for p in parts])
         return w.unflatten(0, (rows[0].stack, -1)) if rows[0].stack else w
     w = MXFP4(*(p.to(device=device, copy=True, memory_format=torch.contiguous_format) for p in parts))
-    if not dequantize: return w
+    if not dequantize: return prepare(w, rows[0].theirs)
     w = unpack(w, dtype)
     check_finite(w, rows[0].theirs, checkpoint.file(rows[0].theirs))
     return w
@@ -455,7 +458,8 @@ def load_weights(checkpoint:Checkpoint,
                  device="cpu",
                  shard:Shard=Shard(), # our rank
                  dequantize:bool|None=None, # unpack MXFP4 experts? None = on a CPU only
-                 progress:bool=False # show a bar?
+                 progress:bool=False, # show a bar?
+                 prepare:Callable=lambda w, name: w # packed experts, as the kernels want them: `Ops.prepare`
                 )->dict[str, torch.Tensor|MXFP4]: # or a CheckpointError
     "Every weight by our names"
     check_tensors(checkpoint, c)
@@ -463,7 +467,7 @@ def load_weights(checkpoint:Checkpoint,
     dtype, groups = dtype or getattr(torch, c.dtype), {}
     for row in tensor_table(c): groups.setdefault(row.ours, []).append(row)
     bar = tqdm(groups.items(), desc="Loading", disable=not progress)
-    weights = {ours: load_weight(checkpoint, rows, dtype, device, shard, dequantize) for ours, rows in bar}
+    weights = {ours: load_weight(checkpoint, rows, dtype, device, shard, dequantize, prepare) for ours, rows in bar}
     if c.tie_embeddings: weights["lm_head"] = weights["embed"]
     return weights
 
@@ -496,7 +500,8 @@ def load_model(path=None, # folder of a checkpoint, or a Checkpoint; None = the 
     c = read_config(checkpoint)
     if device == "auto": device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = pick_dtype(dtype, c, torch.device(device))
-    return Transformer(c, load_weights(checkpoint, c, dtype, device, shard, progress=progress), shard=shard)
+    ops = choose_ops(device, dtype)
+    return Transformer(c, load_weights(checkpoint, c, dtype, device, shard, progress=progress, prepare=ops.prepare), ops, shard)
 
 # %% ../nbs/21_models.ipynb #08810242
 MIXTRAL_EXPERTS = """

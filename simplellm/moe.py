@@ -14,7 +14,8 @@ from .mxfp4 import MXFP4, dequantize_mxfp4
 # %% ../nbs/08_moe.ipynb #761ddca1
 def route(logits:torch.Tensor, # [tokens, experts]
           top_k:int, # experts per token
-          normalize:bool=True # do a token's weights sum to 1?
+          normalize:bool=True, # do a token's weights sum to 1?
+          active:torch.Tensor|None=None # rows that are no padding; here padding is computed like the rest
          )->tuple[torch.Tensor, torch.Tensor]: # weights [tokens, top_k] float32, ids [tokens, top_k]
     "The best experts of each token, best first, and what each counts"
     values, ids = logits.topk(top_k, dim=-1)

@@ -55,14 +55,14 @@ class Transformer:
             window = self.config.windows[i]
             x = attention_layer(x, a, batch, *kv.layer(i), self.rope, window, self.ops, eps, self.sum)
             x, residual = norm(x, m.mlp_norm, eps, residual)
-            x = self.think(x, m)
+            x = self.think(x, m, batch.active)
         x = norm((x + residual)[batch.logits_rows], self.final_norm, eps)
         return score_words(x, self.lm_head, self.ops, self.config.vocab_size, first, split)
 
-    def think(self, x:Tensor, m:MoeWeights|MlpWeights)->Tensor: # [T, H] normalized -> [T, H]
+    def think(self, x:Tensor, m:MoeWeights|MlpWeights, active:Tensor|None=None)->Tensor: # [T, H] normalized -> [T, H]
         "The half of a layer that treats each token alone"
         if isinstance(m, MlpWeights): return mlp_layer(x, m, self.activation, self.ops, self.sum)
-        return moe_layer(x, m, self.config.top_k, self.activation, self.ops, self.sum, self.config.norm_topk_prob)
+        return moe_layer(x, m, self.config.top_k, self.activation, self.ops, self.sum, self.config.norm_topk_prob, active)
 
 # %% ../nbs/20_transformer.ipynb #fe1f850e
 def new_cache(model:Transformer, # also a method of it

@@ -81,3 +81,21 @@ AOT = [dict(fn=_reverse, label=str(b), signature=dict(x="*fp32", y="*fp32"), con
     env.pop("TRITON_INTERPRET", None)
     done = subprocess.run([sys.executable, "-m", "simplellm.compile", str(tmp_path / "k.py"), "--targets", "sm_90a"], capture_output=True, text=True, env=env)
     assert done.returncode == 1 and "8192" in done.stdout
+
+def test_the_whole_model_with_kernels():
+    "The shipped model, its experts in four bits: prefill, a chunk and decoding through all kernels at once"
+    from simplellm.batch import make_batch
+    from simplellm.checkpoint import Checkpoint
+    from simplellm.models import load_model, load_weights, read_config, tiny_path
+    from simplellm.ops import Ops, triton_ops
+    from simplellm.transformer import Transformer
+    plain, checkpoint, ops = load_model(dtype="float32", device="cpu"), Checkpoint(tiny_path()), Ops(**triton_ops())
+    c = read_config(checkpoint)
+    fast = Transformer(c, load_weights(checkpoint, c, torch.float32, dequantize=False, prepare=ops.prepare), ops)
+    caches, g = (plain.new_cache(12), fast.new_cache(12)), torch.Generator().manual_seed(0)
+    tables, done = [[3, 1, 7, 9, 2], [0], [5, 4]], [0, 0, 0]
+    for new in ((66, 3, 1), (1, 2, 9)):  # the window is 64
+        rows = [(torch.randint(0, c.vocab_size, (n,), generator=g).tolist(), d, t, "last") for n, d, t in zip(new, done, tables)]
+        a, b = (m(make_batch(rows, 16), cache) for m, cache in zip((plain, fast), caches))
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+        done = [d + n for d, n in zip(done, new)]
