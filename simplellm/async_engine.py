@@ -9,6 +9,7 @@ __all__ = ['Channel', 'EngineDead', 'Pending', 'Worker', 'submit', 'cancel', 'st
 
 # %% ../nbs/28_async_engine.ipynb #8fa1ae73
 import asyncio, json, queue, threading, weakref
+import torch
 from collections import deque
 from concurrent.futures import Future, wait
 from dataclasses import replace
@@ -73,6 +74,7 @@ class Worker:
 
     def run(self):
         "Until closed: commands, one step, results"
+        if self.engine.model.device.type == "cpu" and self.engine.model.config.hidden_size < 512: torch.set_num_threads(1)
         try:
             while self.obey(): self.deliver(self.engine.step())
         except BaseException as e: self.fail(e)
