@@ -187,6 +187,8 @@ def read_shards(folder:Path # of the checkpoint
 # %% ../nbs/01_checkpoint.ipynb #f54dde04
 class Checkpoint:
     "A folder with safetensors files, opened without reading any tensor"
+    mixed = False # may dense tensors of float32 stand among others?
+
     def __init__(self, path # folder with model.safetensors, or with its index and shards
                 ):
         self.path = Path(path)
@@ -195,6 +197,7 @@ class Checkpoint:
         require(single or (self.path/INDEX).is_file(), self.path, f"expected {SINGLE} or {INDEX} in this folder")
         self.listing = self.path/(SINGLE if single else INDEX) # the file that says which tensors there are
         self.entries = read_header(self.listing) if single else read_shards(self.path)
+        self.opened = {} # file -> its reader, which would parse the header again for every tensor
 
     @property
     def names(self)->list[str]: return list(self.entries)
@@ -214,7 +217,8 @@ class Checkpoint:
         "Map one tensor into memory"
         e = self.entry(name)
         try:
-            with safe_open(e.file, framework="pt") as f: return f.get_tensor(name)
+            if e.file not in self.opened: self.opened[e.file] = safe_open(e.file, framework="pt")
+            return self.opened[e.file].get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{e.file.name}: tensor {name!r}: cannot be read ({error})") from None
 

@@ -54,7 +54,7 @@ def check_rope(r # a RopeConfig
               )->None:
     "Refuse numbers that make no rotation"
     check_choice(r, "kind", choices=("default", "linear", "yarn", "llama3"))
-    check_choice(r, "truncate", choices=(True, False))
+    check_choice(r, "truncate", "reverse", choices=(True, False))
     check_numbers(r, "theta", "factor", "beta_fast", "beta_slow", "low_freq_factor", "high_freq_factor")
     check_counts(r, "original_max_position")
     if r.attention_factor is not None: check_numbers(r, "attention_factor")
@@ -76,6 +76,7 @@ class RopeConfig:
     attention_factor:float|None=None # yarn: scale of cos and sin; None = 0.1*ln(factor)+1
     low_freq_factor:float=1.0 # llama3: the same two borders, as wavelengths
     high_freq_factor:float=4.0 # llama3
+    reverse:bool=False # turn the other way round (nanochat does)
 
     def __post_init__(self): check_rope(self)
 
@@ -86,7 +87,7 @@ def check_sizes(c # a ModelConfig
     check_counts(c, "vocab_size", "hidden_size", "intermediate_size", "max_position")
     check_counts(c, "num_heads", "num_kv_heads", "head_dim")
     check_counts(c, "mlp_size", optional=True)
-    check_numbers(c, "rms_eps", "swiglu_alpha", "swiglu_limit")
+    check_numbers(c, "rms_eps", "swiglu_alpha", "swiglu_limit", *["logit_softcap"]*(c.logit_softcap is not None))
     check(c.num_heads % c.num_kv_heads == 0, "num_kv_heads", c.num_kv_heads, f"a divisor of num_heads={c.num_heads}")
     check(c.head_dim % 2 == 0, "head_dim", c.head_dim, "an even number")
 
@@ -113,8 +114,9 @@ def check_ids(c # a ModelConfig
 def check_switches(c # a ModelConfig
                   )->None:
     "Refuse switches in a position they do not have"
-    check_choice(c, "sinks", "qkv_bias", "o_bias", "mlp_bias", "qk_norm", "norm_topk_prob", "tie_embeddings", choices=(True, False))
-    check_choice(c, "activation", choices=("swiglu", "clamped_swiglu"))
+    check_choice(c, "sinks", "qkv_bias", "o_bias", "mlp_bias", "qk_norm", "norm_topk_prob", "norm_weights", "embed_norm", "tie_embeddings",
+                 choices=(True, False))
+    check_choice(c, "activation", choices=("swiglu", "clamped_swiglu", "relu2"))
     check_choice(c, "dtype", choices=("bfloat16", "float16", "float32"))
     check_choice(c, "experts", choices=("mxfp4", "dense"))
 
@@ -156,8 +158,11 @@ class ModelConfig:
     o_bias:bool=False
     mlp_bias:bool=False # of dense MLPs
     qk_norm:bool=False # RMSNorm on every head's q and k
+    norm_weights:bool=True # does the checkpoint have weights for its norms? False = they are ones
+    embed_norm:bool=False # is the embedding normed before the first layer?
+    logit_softcap:float|None=None # logits are squeezed into -this..this; None = left alone
     tie_embeddings:bool=False # is lm_head the embedding?
-    activation:str="clamped_swiglu" # or swiglu
+    activation:str="clamped_swiglu" # or swiglu, or relu2, which has no gate
     swiglu_alpha:float=1.702 # clamped_swiglu: slope of its sigmoid
     swiglu_limit:float=7.0 # clamped_swiglu: where it clamps
     experts:str="mxfp4" # how the checkpoint stores experts: mxfp4 or dense

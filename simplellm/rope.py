@@ -68,7 +68,7 @@ def rope_table(rope:RopeConfig,
               )->torch.Tensor: # [max_position, head_dim] float32
     "Cosines | sines of every position"
     freq, mscale = rope_frequencies(rope, head_dim)
-    angles = torch.outer(torch.arange(max_position, dtype=torch.float32), freq)
+    angles = torch.outer(torch.arange(max_position, dtype=torch.float32), -freq if rope.reverse else freq)
     return (torch.cat([angles.cos(), angles.sin()], -1) * mscale).to(device)
 
 # %% ../nbs/06_rope.ipynb #3b4e6c39

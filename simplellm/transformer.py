@@ -49,6 +49,7 @@ class Transformer:
         norm, eps, first = self.ops.rms_norm, self.config.rms_eps, self.shard.rank * len(self.table)
         split = self.sum if len(self.table) < self.config.vocab_size else None
         x = embed(batch.token_ids, self.table, first, split)
+        if self.config.embed_norm: x = norm(x, None, eps)
         residual = torch.zeros_like(x)
         for i, (a, m) in enumerate(self.layers):
             x, residual = norm(x, a.attn_norm, eps, residual)
@@ -57,7 +58,8 @@ class Transformer:
             x, residual = norm(x, m.mlp_norm, eps, residual)
             x = self.think(x, m, batch.active)
         x = norm((x + residual)[batch.logits_rows], self.final_norm, eps)
-        return score_words(x, self.lm_head, self.ops, self.config.vocab_size, first, split)
+        logits, cap = score_words(x, self.lm_head, self.ops, self.config.vocab_size, first, split), self.config.logit_softcap
+        return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
 
     def think(self, x:Tensor, m:MoeWeights|MlpWeights, active:Tensor|None=None)->Tensor: # [T, H] normalized -> [T, H]
         "The half of a layer that treats each token alone"
