@@ -36,7 +36,7 @@ def assert_same(ours, theirs, texts):
         for text, want in zip(texts, theirs.encode_batch(texts, add_special_tokens=False)):
             got = ours.encode(text, allow_special=special)
             assert got == want.ids, (text, special, ours.decode(got), theirs.decode(want.ids))
-            assert ours.decode(got) == text or ours.vocabulary.form or ours.vocabulary.prefix_space
+            assert ours.decode(got) == text or ours.vocabulary.steps or ours.vocabulary.prefix_space == "always"
 
 def trained(pre, seed=0, size=600, **model):
     "A byte-level BPE trained on random text"
@@ -47,7 +47,8 @@ def trained(pre, seed=0, size=600, **model):
                                      special_tokens=["<|start|>", "<|end|>", "<|endoftext|>"], show_progress=False)
     words = [rng.choice("abcdeé日")*rng.randrange(1, 3) + rng.choice(["the", "ing", "12", " ", "xxxxx"]) for _ in range(40)]
     lines = [" ".join(rng.choices(words, k=30)) for _ in range(50)]
-    tok.train_from_iterator(lines + [random_text(rng) for _ in range(50)], trainer)
+    # without names of special tokens: merges that spell one are dropped, the library would follow them
+    tok.train_from_iterator(lines + [random_text(rng).replace("|>", "") for _ in range(50)], trainer)
     tok.add_tokens([hf.AddedToken("<tool>", normalized=False), "<tool_call>"])
     return tok
 
