@@ -8,17 +8,21 @@ __all__ = ['Channel', 'EngineDead', 'Pending', 'Worker', 'submit', 'cancel', 'st
            'find_template', 'progress', 'make_jobs', 'chat_jobs', 'start', 'Asking', 'LLM']
 
 # %% ../nbs/28_async_engine.ipynb #8fa1ae73
-import asyncio, json, queue, threading, weakref
+import asyncio, queue, threading, weakref
 import torch
 from collections import deque
 from concurrent.futures import Future, wait
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from tqdm import tqdm
-from .chat import encode_chat, is_harmony
+from .chat import Template, encode_chat, is_harmony, read_template
+from .checkpoint import read_json
 from .config import EngineConfig, check
 from .engine import Chunk, Engine, RequestOutput, fail_job, make_job
+from .memory import refuse_too_large
 from .models import load_model, tiny_path
+from .nanochat import CHAT, NanoChat, is_nanochat
 from .sampling import SamplingParams, Unasked
 from .synthetic import is_synthetic, open_synthetic
 from .tokenizer import load_tokenizer
@@ -239,23 +243,26 @@ def list_params(given, # SamplingParams, a list of them, or None
     return [replace(p or default, **changes) if changes else p or default for p in listed]
 
 # %% ../nbs/28_async_engine.ipynb #9e5931c3
-def default_params(folder:Path)->SamplingParams:
-    "What the checkpoint's generation_config.json recommends, as in vLLM"
+def default_params(folder:Path, # of the checkpoint
+                   source:str="auto" # auto = what its generation_config.json recommends; vllm = vLLM's own, whatever it says
+                  )->SamplingParams:
+    "What holds for parameters that nobody gives, as in vLLM"
+    check(source in ("auto", "vllm"), "generation_config", source, "'auto' or 'vllm'")
     file = folder/"generation_config.json"
-    given = json.loads(file.read_text()) if file.exists() else {}
+    given = read_json(file) if source == "auto" and file.exists() else {}
     known = {k: given[k] for k in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty") if given.get(k) is not None}
     return SamplingParams(**known | (dict(temperature=0.0) if given.get("do_sample") is False else {}))
 
 # %% ../nbs/28_async_engine.ipynb #582fb6fd
-def find_tokenizer(source): # a Tokenizer, a path, or None
+def find_tokenizer(source): # a Tokenizer, a path, a NanoChat, or None
     "The tokenizer of an LLM"
+    if isinstance(source, NanoChat): return source.tokenizer
     return load_tokenizer(source) if isinstance(source, (str, Path)) else source
 
-def find_template(tokenizer, folder:Path|None)->str|None: # jinja2; None = harmony
+def find_template(tokenizer, source:Path|NanoChat|None)->Template|None: # None = harmony
     "The chat format of a checkpoint"
-    if folder is None or tokenizer is None or is_harmony(tokenizer): return None
-    file = folder/"chat_template.jinja"
-    return file.read_text() if file.exists() else None
+    if source is None or tokenizer is None or is_harmony(tokenizer): return None
+    return CHAT if isinstance(source, NanoChat) else read_template(source)
 
 # %% ../nbs/28_async_engine.ipynb #9460b749
 def progress(generation:Generation,
@@ -335,15 +342,18 @@ class LLM(Asking):
                  device="auto", # auto, cpu or cuda
                  tokenizer=None, # a Tokenizer, or where to find it; None = the checkpoint's
                  skip_tokenizer_init:bool=False, # run by token ids only?
+                 generation_config:str="auto", # sampling parameters nobody gives: auto = the checkpoint's, vllm = vLLM's own
                  **options): # fields of EngineConfig
         self.engine_config = EngineConfig(**options)
         check(self.engine_config.tensor_parallel_size == 1, "tensor_parallel_size", self.engine_config.tensor_parallel_size, "1")
-        if is_synthetic(model): model = load_model(open_synthetic(model, device), dtype, device)
+        load = partial(load_model, dtype=dtype, device=device, admit=partial(refuse_too_large, self.engine_config))
+        if is_synthetic(model): model = load(open_synthetic(model, device))
         folder = None if isinstance(model, Transformer) else Path(model or tiny_path())
-        self.model = load_model(folder, dtype, device) if folder else model
-        self.tokenizer = None if skip_tokenizer_init else find_tokenizer(tokenizer or folder)
-        self.template = find_template(self.tokenizer, folder)
-        self.defaults = default_params(folder) if folder else SamplingParams()
+        source = NanoChat(folder) if folder and is_nanochat(folder) else folder
+        self.model = load(source) if folder else model
+        self.tokenizer = None if skip_tokenizer_init else find_tokenizer(tokenizer or source)
+        self.template = find_template(self.tokenizer, source)
+        self.defaults = default_params(folder or Path(), generation_config if folder else "vllm")
         self.config, self.ops = self.model.config, self.model.ops
         self.engine = Engine(self.model, self.engine_config, self.tokenizer)
         self.worker = Worker(self.engine)

@@ -63,7 +63,7 @@ class Graphs:
                  rows:int, # most that decode together
                  max_len:int # tokens of the longest sequence
                 ):
-        self.model, self.kv, self.sizes, self.recorded = model, kv, bucket_sizes(rows), {}
+        self.model, self.kv, self.sizes, self.recorded, self.pool = model, kv, bucket_sizes(rows), {}, None
         shape = rows, blocks_for(max_len, kv.block_size), kv.num_blocks - 1, kv.block_size, model.device
         self.static, self.empty = padding_batch(*shape), padding_batch(*shape)
 
@@ -73,14 +73,17 @@ class Graphs:
 
     def capture(self)->"Graphs":
         "Record all sizes"
-        pool = torch.cuda.graph_pool_handle()
-        for n in tqdm(self.sizes[::-1], desc="CUDA graphs"):
-            self.model(first_rows(self.static, n), self.kv)
-            torch.cuda.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool): logits = self.model(first_rows(self.static, n), self.kv)
-            self.recorded[n] = graph, logits
+        for n in tqdm(self.sizes[::-1], desc="CUDA graphs", disable=None): self.record(n)
         return self
+
+    def record(self, n:int)->None: # rows
+        "Record one size, after a pass that compiles its kernels"
+        self.pool = self.pool or torch.cuda.graph_pool_handle()
+        self.model(first_rows(self.static, n), self.kv)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool): logits = self.model(first_rows(self.static, n), self.kv)
+        self.recorded[n] = graph, logits
 
     def __call__(self, b:Batch)->Tensor: # [len(b), vocab], valid until the next call
         "Logits of a decode batch"

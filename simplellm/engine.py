@@ -4,18 +4,18 @@
 
 # %% auto #0
 __all__ = ['SILENCE', 'Logprob', 'CompletionOutput', 'RequestOutput', 'Chunk', 'stop_list', 'NoReader', 'TextReader',
-           'ChatReader', 'Choice', 'Job', 'check_prompt', 'check_text', 'cache_memory', 'plan_cache', 'make_runner',
-           'Engine', 'make_job', 'chat_ends', 'make_reader', 'make_chunk', 'readable', 'note_score', 'note_prompt',
-           'finish_choice', 'read_token', 'attempt', 'fail_job', 'report']
+           'ChatReader', 'Choice', 'Job', 'check_prompt', 'check_text', 'make_runner', 'Engine', 'make_job',
+           'chat_ends', 'make_reader', 'make_chunk', 'readable', 'note_score', 'note_prompt', 'finish_choice',
+           'read_token', 'attempt', 'fail_job', 'report']
 
 # %% ../nbs/27_engine.ipynb #17c8ed39
-import itertools, random, torch
+import itertools, random
 from dataclasses import dataclass, field, replace
-from .blocks import BlockPool, blocks_for
+from .blocks import BlockPool
 from .chat import Delta, Detokenizer, HarmonyParser, StopStrings, reasoning_text, tool_calls
-from .config import EngineConfig, check
+from .config import EngineConfig
 from .cudagraph import Graphs
-from .kvcache import bytes_per_block
+from .memory import plan_cache
 from .runner import Output, Runner
 from .sampling import SamplingParams, bad_word_ids, check_vocab
 from .scheduler import Request, Scheduler, Step
@@ -196,29 +196,6 @@ def check_text(params:SamplingParams, tokenizer)->None:
     "Refuse parameters that speak of text where there is none"
     for name in ("stop", "bad_words"):
         if getattr(params, name) and tokenizer is None: raise ValueError(f"{name}={getattr(params, name)!r}: needs a tokenizer")
-
-# %% ../nbs/27_engine.ipynb #411bf78d
-def cache_memory(device:torch.device,
-                 utilization:float=0.9 # share of a GPU's memory that we may use
-                )->int: # bytes
-    "Memory for keys and values"
-    if device.type != "cuda": return 2**30
-    free, total = torch.cuda.mem_get_info(device)
-    return int(total * utilization) - (total - free)
-
-# %% ../nbs/27_engine.ipynb #83e3176e
-def plan_cache(model, # a Transformer
-               config:EngineConfig
-              )->tuple[int, int, torch.dtype]: # blocks, longest sequence in tokens, dtype
-    "Size the cache for the memory there is"
-    c, size = model.config, config.block_size
-    check((config.max_model_len or 1) <= c.max_position, "max_model_len", config.max_model_len, f"at most max_position={c.max_position}")
-    dtype = model.dtype if config.kv_cache_dtype == "auto" else getattr(torch, config.kv_cache_dtype)
-    longest = config.max_model_len or c.max_position
-    fit = cache_memory(model.device, config.gpu_memory_utilization) // bytes_per_block(c.num_layers, size, model.kv_heads, c.head_dim, dtype)
-    blocks = config.num_blocks or min(fit, config.max_num_seqs * blocks_for(longest, size))
-    check(blocks > 0, "num_blocks", blocks, f"memory for at least one block of {size} tokens")
-    return blocks, longest if config.max_model_len else min(longest, blocks * size), dtype
 
 # %% ../nbs/27_engine.ipynb #9dca09a7
 def make_runner(model, config:EngineConfig, blocks:int, longest:int, dtype # from `plan_cache`

@@ -5,16 +5,20 @@
 # %% auto #0
 __all__ = ['ATTENTION', 'QKV_BIAS', 'O_BIAS', 'SINKS', 'QK_NORM', 'LM_HEAD', 'MLP', 'MLP_BIAS', 'RELU2_MLP', 'QWEN_EXPERTS',
            'GPT_OSS_MLP', 'GPT_OSS_MXFP4', 'GPT_OSS_DENSE', 'BIASES', 'MOE', 'FAMILIES', 'PACKED', 'FIELDS', 'REQUIRED',
-           'ALIASES', 'ROPE_FIELDS', 'ROPE_NEEDS', 'THEIRS', 'MIXTRAL_EXPERTS', 'Family', 'Row', 'letters', 'dimension',
-           'parse_row', 'table_lines', 'tensor_table', 'find', 'find_family', 'rope_fields', 'read_rope',
+           'ALIASES', 'ROPE_FIELDS', 'ROPE_NEEDS', 'THEIRS', 'PIECE', 'MIXTRAL_EXPERTS', 'Family', 'Row', 'letters',
+           'dimension', 'parse_row', 'table_lines', 'tensor_table', 'find', 'find_family', 'rope_fields', 'read_rope',
            'count_layers', 'window_of', 'read_windows', 'read_mlp_layers', 'token_ids', 'read_eos', 'read_experts',
            'name_of', 'read_dtype', 'config_fields', 'stretched', 'read_config', 'check_tensor', 'check_tensors',
-           'read_part', 'unpack', 'load_weight', 'load_weights', 'tiny_path', 'pick_dtype', 'load_model']
+           'move_piece', 'move', 'lift', 'read_part', 'unpack', 'load_weight', 'load_weights', 'tiny_path',
+           'pick_dtype', 'load_model']
 
 # %% ../nbs/21_models.ipynb #24237bf6
+import os, threading
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import NamedTuple
@@ -430,13 +434,38 @@ def check_tensors(checkpoint:Checkpoint,
         require(name in allowed, checkpoint.file(name), "surplus: config.json describes a model without it", name)
 
 # %% ../nbs/21_models.ipynb #6e0a7879
+PIECE, _own = 2**25, threading.local() # bytes that a thread moves at a time; its buffer
+
+def move_piece(source:torch.Tensor, target:torch.Tensor # the same shape and type, here and on a device
+              )->None:
+    "Copy through this thread's pinned memory"
+    if not hasattr(_own, "buffer"): _own.buffer = torch.empty(PIECE, dtype=torch.uint8, pin_memory=target.is_cuda)
+    target.copy_(_own.buffer[:source.nbytes].view(source.dtype).copy_(source))
+
+def move(source:torch.Tensor, # memory mapped
+         target:torch.Tensor, # the same shape and type, contiguous
+         readers:ThreadPoolExecutor
+        )->torch.Tensor: # the target
+    "Fill a tensor, many pieces at a time"
+    pieces = [x.view(-1).split(PIECE // x.itemsize) for x in (source.contiguous(), target)]
+    list(readers.map(move_piece, *pieces))
+    return target
+
+def lift(x:torch.Tensor, # of a checkpoint
+         device, readers:ThreadPoolExecutor)->torch.Tensor: # on the device
+    "Bring a tensor to the GPU where it is checked and used"
+    if x.is_cuda or torch.device(device).type != "cuda": return x
+    return move(x, torch.empty(x.shape, dtype=x.dtype, device=device), readers)
+
+# %% ../nbs/21_models.ipynb #c3cd9625
 def read_part(checkpoint:Checkpoint,
               row:Row,
-              shard:Shard
-             )->torch.Tensor: # still memory mapped
+              shard:Shard,
+              lift:Callable=lambda x: x # takes it to the device
+             )->torch.Tensor: # on a CPU still memory mapped
     "What a rank owns of one tensor, in our layout, checked"
     x = checkpoint.get(row.theirs)
-    x = part(x.transpose(-1, -2) if row.transposed else x, row.rule, shard, row.unit, row.theirs)
+    x = lift(part(x.transpose(-1, -2) if row.transposed else x, row.rule, shard, row.unit, row.theirs))
     if row.theirs.endswith("_scales"): check_scales(x, row.theirs, checkpoint.file(row.theirs))
     elif not row.packed: check_finite(x, row.theirs, checkpoint.file(row.theirs))
     return x
@@ -458,14 +487,15 @@ def load_weight(checkpoint:Checkpoint,
                 device, # where it goes
                 shard:Shard,
                 dequantize:bool, # unpack MXFP4?
-                prepare:Callable # what becomes of it otherwise
+                prepare:Callable, # what becomes of it otherwise
+                lift:Callable # as in `read_part`
                )->torch.Tensor|MXFP4:
     "Read one weight: fused, or packed, or unpacked"
-    parts = [read_part(checkpoint, row, shard) for row in rows]
+    parts = [read_part(checkpoint, row, shard, lift) for row in rows]
     if not rows[0].packed:
         w = torch.cat([p.to(device=device, dtype=dtype) for p in parts])
         return w.unflatten(0, (rows[0].stack, -1)) if rows[0].stack else w
-    w = MXFP4(*(p.to(device=device, copy=True, memory_format=torch.contiguous_format) for p in parts))
+    w = MXFP4(*(p.to(device=device, copy=not p.is_cuda, memory_format=torch.contiguous_format) for p in parts))
     if not dequantize: return prepare(w, rows[0].theirs)
     w = unpack(w, dtype)
     check_finite(w, rows[0].theirs, checkpoint.file(rows[0].theirs))
@@ -478,7 +508,7 @@ def load_weights(checkpoint:Checkpoint,
                  device="cpu",
                  shard:Shard=Shard(), # our rank
                  dequantize:bool|None=None, # unpack MXFP4 experts? None = on a CPU only
-                 progress:bool=False, # show a bar?
+                 progress:bool|None=False, # show a bar? None = on a terminal
                  prepare:Callable=lambda w, name: w # packed experts, as the kernels want them: `Ops.prepare`
                 )->dict[str, torch.Tensor|MXFP4]: # or a CheckpointError
     "Every weight by our names"
@@ -486,8 +516,12 @@ def load_weights(checkpoint:Checkpoint,
     if dequantize is None: dequantize = torch.device(device).type == "cpu"
     dtype, groups = dtype or getattr(torch, c.dtype), {}
     for row in tensor_table(c): groups.setdefault(row.ours, []).append(row)
-    bar = tqdm(groups.items(), desc="Loading", disable=not progress)
-    weights = {ours: load_weight(checkpoint, rows, dtype, device, shard, dequantize, prepare) for ours, rows in bar}
+    size, weights = {ours: sum(e.stop - e.start for r in rows for e in [checkpoint.entry(r.theirs)]) for ours, rows in groups.items()}, {}
+    with tqdm(total=sum(size.values()), unit="B", unit_scale=True, desc="Loading", leave=sum(size.values()) > 1e9,
+              disable=progress if progress is None else not progress) as bar, ThreadPoolExecutor(min(8, os.cpu_count())) as readers:
+        for ours, rows in groups.items():
+            weights[ours] = load_weight(checkpoint, rows, dtype, device, shard, dequantize, prepare, partial(lift, device=device, readers=readers))
+            bar.update(size[ours])
     if c.tie_embeddings: weights["lm_head"] = weights["embed"]
     ones = {} if c.norm_weights else {r.ours: r.shape for r in tensor_table(replace(c, norm_weights=True)) if r.ours not in weights}
     return weights | {ours: torch.ones(shape, dtype=dtype, device=device) for ours, shape in ones.items()}
@@ -514,13 +548,15 @@ def load_model(path=None, # folder of a checkpoint, or a Checkpoint; None = the 
                dtype="auto", # "auto", "float32", "bfloat16", "float16" or a torch.dtype
                device="auto", # "auto" = a GPU if there is one
                shard:Shard=Shard(), # our rank
-               progress:bool=False # show a bar?
+               progress:bool|None=None, # show a bar? None = on a terminal
+               admit:Callable=lambda c, dtype, device: None # may refuse the model before it is read
               )->Transformer: # or a CheckpointError
     "Read a checkpoint and return a model that is ready to run"
     checkpoint = path if isinstance(path, Checkpoint) else Checkpoint(path or tiny_path())
     c = read_config(checkpoint)
     if device == "auto": device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = pick_dtype(dtype, c, torch.device(device))
+    admit(c, dtype, device)
     ops = choose_ops(device, dtype)
     return Transformer(c, load_weights(checkpoint, c, dtype, device, shard, progress=progress, prepare=ops.prepare), ops, shard)
 

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from .norm import rms_norm
 from .attention import paged_attention, rope_store
 from .moe import moe, route
+from .sampling import sample
+from .flash import with_flash
 
 # %% ../nbs/15_ops.ipynb #0200a5ea
 def keep(experts, # MXFP4
@@ -31,6 +33,7 @@ class Ops:
     linear:Callable=F.linear
     route:Callable=route
     moe:Callable=moe
+    sample:Callable=sample
     prepare:Callable=keep # puts a weight of four-bit experts, at load, into the order that `moe` wants
     asks_cpu:bool=True # does any of them look at a tensor's values between launches? Then no CUDA graph can hold them
     why:dict[str, str]=field(default_factory=dict) # operation -> why this implementation
@@ -45,7 +48,8 @@ def triton_ops()->dict[str, Callable]: # by operation
     from simplellm.kernels.attention import paged_attention
     from simplellm.kernels.mxfp4 import prepare
     from simplellm.kernels.moe import moe, route
-    return dict(rms_norm=rms_norm, rope_store=rope_store, attention=paged_attention, route=route, moe=moe, prepare=prepare)
+    from simplellm.kernels.sampling import sample
+    return dict(rms_norm=rms_norm, rope_store=rope_store, attention=paged_attention, route=route, moe=moe, prepare=prepare, sample=sample)
 
 def choose_ops(device:str|torch.device, # where the model runs
                dtype:torch.dtype # of its activations
@@ -56,6 +60,7 @@ def choose_ops(device:str|torch.device, # where the model runs
     fast = triton_ops() if kind == "cuda" and find_spec("triton") else {}
     missing = "no kernel yet" if fast else "kernels need Triton" if kind == "cuda" else "kernels need a GPU"
     why = {name: "Triton kernel" if name in fast else f"PyTorch reference: {missing}" for name in OPERATIONS}
+    if fast: fast["attention"], why["attention"] = with_flash(fast["attention"], device, dtype)
     return Ops(**fast, asks_cpu=not fast, why=why | dict(linear="PyTorch: cuBLAS" if fast else why["linear"]))
 
 # %% ../nbs/15_ops.ipynb #af88d2a7

@@ -1,11 +1,14 @@
 "The plan against real tensors and against the floor written down in issue 3"
 from dataclasses import replace
-import pytest
+import pytest, torch
+from simplellm.async_engine import LLM
 from simplellm.checkpoint import Checkpoint
 from simplellm.config import EngineConfig
 from simplellm.models import load_model, load_weights, read_config, tiny_path
 from simplellm.mxfp4 import MXFP4
-from simplellm.plan import budget, ceiling, concurrency, distinct_experts, flags_that_fit, plan, smallest_memory, step_bytes, weight_bytes
+from simplellm.memory import (budget, cache_blocks, check_memory, concurrency, flags_that_fit, gpu_memory, largest_batch, measure_step,
+                              smallest_memory, weight_bytes)
+from simplellm.plan import ceiling, distinct_experts, plan, step_bytes
 from simplellm.synthetic import Synthetic, write_checkpoint
 
 def config_of(name): return read_config(Synthetic(name, device="cpu"))
@@ -72,3 +75,42 @@ def test_command_line(capsys, tmp_path):
         for text in expected: assert text in out
     assert read_config(tmp_path/"x").num_layers == 1
     with pytest.raises(ValueError, match="max_position"): app(["plan", "--max-model-len", "99999"], standalone_mode=False)
+
+# --- what the engine asks of the same numbers
+
+def test_a_model_that_does_not_fit_is_refused_before_it_is_read(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(79e9), int(80e9)))
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 1.0)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
+    with pytest.raises(ValueError, match=r"65\.25 GB weights .* max_model_len=32768.* a GPU with 8\d GB"): LLM("synthetic:gpt-oss-120b", device="cuda")
+    with pytest.raises(ValueError, match="layers=12"): check_memory(config_of("gpt-oss-120b"), EngineConfig(max_model_len=512), 29e9)
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: .5)
+    assert gpu_memory() == (int(40e9), int(40e9))
+    with pytest.raises(ValueError, match=r"of 40\.00 GB"): LLM("synthetic:gpt-oss-120b", device="cuda")
+
+def test_what_is_taken_counts():
+    c, e = config_of("gpt-oss-120b"), EngineConfig(max_model_len=1128, max_num_seqs=64, max_num_batched_tokens=1024, gpu_memory_utilization=.95)
+    check_memory(c, e, 80e9, int(5e9))
+    with pytest.raises(ValueError, match="20.00 GB of them taken"): check_memory(c, e, 80e9, int(20e9))
+    with pytest.raises(ValueError, match="cache"): check_memory(c, replace(e, num_blocks=10**5), 80e9)
+
+@pytest.mark.parametrize("free, total, utilization, peak, graphs, block, blocks", [
+    (15, 80, .9, 2, 1, 1, 4), (80, 80, 1, 0, 0, 7, 11), (8, 80, .9, 0, 0, 1, 0), (2, 80, .9, 0, 0, 1, 0), (70, 80, .5, 10, 5, 2, 7)])
+def test_cache_blocks(free, total, utilization, peak, graphs, block, blocks):
+    assert cache_blocks(free, total, utilization, peak, graphs, block) == blocks
+    assert (total - free) + peak + graphs + blocks * block <= total * utilization or blocks == 0
+
+def test_the_largest_step_is_measured_on_top_of_what_is_there(monkeypatch):
+    "With counters in the place of CUDA's: what the model takes for a moment, not what was there before"
+    model, e, used = load_model(device="cpu"), EngineConfig(max_num_seqs=3, max_num_batched_tokens=32), dict(now=1000, peak=10**9)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: used["now"])
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: used["peak"])
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: used.update(peak=used["now"]))
+    class Watched:
+        def __getattr__(self, name): return getattr(model, name)
+        def __call__(self, batch, kv):
+            assert (len(batch), len(batch.seq_lens), len(batch.logits_rows)) == (32, 3, 3)
+            used["peak"] += len(batch)
+            return model(batch, kv)
+    assert measure_step(Watched(), e, 128, torch.float32) == 32
+    assert len(largest_batch(replace(e, max_num_seqs=1), 20)) == 20 # no sequence is longer than the longest
