@@ -10,8 +10,8 @@ __all__ = ['START', 'CHANNEL', 'CONSTRAIN', 'MESSAGE', 'END', 'RETURN', 'CALL', 
            'body_of', 'call_message', 'assistant_messages', 'tool_message', 'read_message', 'read_messages',
            'without_old_analysis', 'render_harmony', 'Header', 'split_header', 'parse_header', 'salvage_header',
            'Delta', 'ParsedMessage', 'OpenMessage', 'header_flags', 'HarmonyParser', 'final_text', 'reasoning_text',
-           'tool_calls', 'compile_template', 'render_template', 'hide', 'mend', 'template_pieces', 'encode_chat',
-           'is_harmony']
+           'tool_calls', 'compile_template', 'render_template', 'hide', 'mend', 'template_pieces', 'Template',
+           'named_templates', 'read_template', 'encode_chat', 'is_harmony']
 
 # %% ../nbs/03_chat.ipynb #5506191d
 import codecs, json, re
@@ -19,6 +19,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import lru_cache
+from pathlib import Path
+from .checkpoint import read_json, require
 from .tokenizer import Added, Tokenizer, finder
 
 # %% ../nbs/03_chat.ipynb #5018c2b7
@@ -559,10 +561,14 @@ def tool_calls(messages:Iterable[ParsedMessage])->list[dict]:
 @lru_cache(maxsize=8)
 def compile_template(template:str):
     "A chat template, with the functions that Hugging Face templates expect"
-    from jinja2.ext import loopcontrols
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.nodes import Scope
     from jinja2.sandbox import ImmutableSandboxedEnvironment
     def fail(message): raise ChatError(message)
-    env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    class Generation(Extension): # marks what training learns; here it marks nothing
+        tags = {"generation"}
+        def parse(self, parser): return Scope(lineno=next(parser.stream).lineno, body=parser.parse_statements(["name:endgeneration"], drop_needle=True))
+    env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, Generation])
     env.filters["tojson"] = lambda x, ensure_ascii=False, **kw: json.dumps(x, ensure_ascii=ensure_ascii, **kw)
     env.globals |= dict(raise_exception=fail, strftime_now=lambda form: datetime.now().strftime(form))
     return env.from_string(template)
@@ -603,12 +609,46 @@ def template_pieces(tokenizer:Tokenizer, template:str, messages:list[dict], tool
     parts = finder(Added(name, 0) for name in names).split(text) if names else [text]
     return [Special(part) if i % 2 else mend(part, names) for i, part in enumerate(parts) if part]
 
+# %% ../nbs/03_chat.ipynb #eac2682f
+@dataclass(frozen=True)
+class Template:
+    "The chat format of a checkpoint"
+    named:dict[str, str] # name -> jinja2; "default", and maybe "tool_use"
+    tokens:dict[str, str] # bos_token and others that templates mention
+
+    def pick(self, tools:list|None)->str:
+        "The one for a conversation with or without functions"
+        name = "tool_use" if tools and "tool_use" in self.named else "default"
+        if name not in self.named: raise ChatError(f"chat templates {', '.join(self.named)}: expected one that is named default")
+        return self.named[name]
+
+# %% ../nbs/03_chat.ipynb #ed88d43a
+def named_templates(found, file:Path # chat_template of this tokenizer_config.json
+                   )->dict[str, str]:
+    "One template or a list of them, by name"
+    if isinstance(found, str): return dict(default=found)
+    fits = isinstance(found, list) and all(isinstance(t, dict) and {type(t.get("name")), type(t.get("template"))} == {str} for t in found)
+    require(fits, file, f"chat_template {found!r:.40}, expected a text or a list of objects with name and template")
+    return {t["name"]: t["template"] for t in found}
+
+def read_template(folder:Path # of the checkpoint
+                 )->Template|None: # None = it brings none
+    "The chat format in a checkpoint's files"
+    files = [folder/f for f in ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")]
+    config, more = (read_json(f) if f.is_file() else {} for f in files[:2])
+    found = files[2].read_text("utf-8") if files[2].is_file() else config.get("chat_template")
+    if found is None: return None
+    extra = {f.stem: f.read_text("utf-8") for f in folder.glob("additional_chat_templates/*.jinja")}
+    tokens = {k: v.get("content") if isinstance(v, dict) else v for k, v in (more | config).items() if k.endswith("_token")}
+    return Template(named_templates(found, files[0]) | extra, {k: v for k, v in tokens.items() if isinstance(v, str)})
+
 # %% ../nbs/03_chat.ipynb #3848fc27
 def encode_chat(tokenizer:Tokenizer, messages:list[dict], tools:list[dict]|None=None,
-                template:str|None=None, # jinja2; None = harmony
+                template:str|Template|None=None, # jinja2; None = harmony
                 **options # of `render_harmony`, or variables of the template
                )->list[int]:
     "A conversation as the ids of a prompt"
+    if isinstance(template, Template): template, options = template.pick(tools), template.tokens | options
     if template is None: return encode_pieces(tokenizer, render_harmony(messages, tools, **options))
     return encode_pieces(tokenizer, template_pieces(tokenizer, template, messages, tools, **options))
 
