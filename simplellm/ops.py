@@ -44,12 +44,13 @@ OPERATIONS = [f.name for f in fields(Ops)][:-2]
 def triton_ops()->dict[str, Callable]: # by operation
     "Our kernels"
     from simplellm.kernels.norm import rms_norm
+    from simplellm.kernels.linear import linear
     from simplellm.kernels.rope import rope_store
     from simplellm.kernels.attention import paged_attention
     from simplellm.kernels.mxfp4 import prepare
     from simplellm.kernels.moe import moe, route
     from simplellm.kernels.sampling import sample
-    return dict(rms_norm=rms_norm, rope_store=rope_store, attention=paged_attention, route=route, moe=moe, prepare=prepare, sample=sample)
+    return dict(rms_norm=rms_norm, rope_store=rope_store, attention=paged_attention, linear=linear, route=route, moe=moe, prepare=prepare, sample=sample)
 
 def choose_ops(device:str|torch.device, # where the model runs
                dtype:torch.dtype # of its activations
@@ -61,7 +62,7 @@ def choose_ops(device:str|torch.device, # where the model runs
     missing = "no kernel yet" if fast else "kernels need Triton" if kind == "cuda" else "kernels need a GPU"
     why = {name: "Triton kernel" if name in fast else f"PyTorch reference: {missing}" for name in OPERATIONS}
     if fast: fast["attention"], why["attention"] = with_flash(fast["attention"], device, dtype)
-    return Ops(**fast, asks_cpu=not fast, why=why | dict(linear="PyTorch: cuBLAS" if fast else why["linear"]))
+    return Ops(**fast, asks_cpu=not fast, why=why | ({"linear": "Triton kernel for few tokens, cuBLAS for many"} if fast else {}))
 
 # %% ../nbs/15_ops.ipynb #af88d2a7
 def describe_ops(ops:Ops)->list[tuple[str, str, str]]: # (operation, module.function, why)
