@@ -190,6 +190,7 @@ def check_engine(e # an EngineConfig
     check(e.gpu_memory_utilization <= 1, "gpu_memory_utilization", e.gpu_memory_utilization, "a number in (0, 1]")
     check_choice(e, "enable_prefix_caching", "enforce_eager", choices=(True, False))
     check_choice(e, "kv_cache_dtype", choices=("auto", "float32", "bfloat16", "float16"))
+    check_choice(e, "async_scheduling", choices=(None, True, False))
     check_choice(e, "scheduling", choices=("continuous", "static"))
     check(type(e.seed) is int, "seed", e.seed, "an integer")
 
@@ -207,6 +208,7 @@ class EngineConfig:
     enforce_eager:bool=False # never replay CUDA graphs?
     tensor_parallel_size:int=1 # GPUs that share one model
     kv_cache_dtype:str="auto" # auto = the model's
+    async_scheduling:bool|None=None # begin a step before the last one's tokens are read? None = where CUDA graphs are replayed
     scheduling:str="continuous" # continuous, or static for comparison
     seed:int=0 # for requests that bring no seed of their own
 

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SILENCE', 'Logprob', 'CompletionOutput', 'RequestOutput', 'Chunk', 'stop_list', 'NoReader', 'TextReader',
-           'ChatReader', 'Choice', 'Job', 'check_prompt', 'check_text', 'make_runner', 'Engine', 'make_job',
-           'chat_ends', 'make_reader', 'make_chunk', 'readable', 'note_score', 'note_prompt', 'finish_choice',
-           'read_token', 'attempt', 'fail_job', 'report']
+           'ChatReader', 'Choice', 'Job', 'check_prompt', 'check_text', 'make_runner', 'Engine', 'overlapped_step',
+           'land', 'make_job', 'chat_ends', 'make_reader', 'make_chunk', 'readable', 'note_score', 'note_prompt',
+           'finish_choice', 'read_token', 'attempt', 'fail_job', 'report']
 
 # %% ../nbs/27_engine.ipynb #17c8ed39
 import itertools, random
@@ -16,7 +16,7 @@ from .chat import Delta, Detokenizer, HarmonyParser, StopStrings, reasoning_text
 from .config import EngineConfig
 from .cudagraph import Graphs
 from .memory import plan_cache
-from .runner import Output, Runner
+from .runner import Launched, Output, Runner
 from .sampling import SamplingParams, bad_word_ids, check_vocab
 from .scheduler import Request, Scheduler, Step
 
@@ -200,11 +200,12 @@ def check_text(params:SamplingParams, tokenizer)->None:
 # %% ../nbs/27_engine.ipynb #9dca09a7
 def make_runner(model, config:EngineConfig, blocks:int, longest:int, dtype # from `plan_cache`
                )->Runner:
-    "A runner with its cache and, on a GPU whose kernels allow it, with graphs"
+    "A runner with its cache and, on a GPU whose kernels allow it, with graphs; unrecorded ones where steps are to overlap"
     record = model.device.type == "cuda" and not (config.enforce_eager or model.ops.asks_cpu)
-    kv = model.new_cache(blocks + record, config.block_size, dtype)  # graphs need a scratch block
-    graphs = Graphs(model, kv, config.max_num_seqs, longest).capture() if record else None
-    return Runner(model, kv, model.device, graphs)
+    buffers = record or bool(config.async_scheduling)
+    kv = model.new_cache(blocks + buffers, config.block_size, dtype)  # graphs need a scratch block
+    graphs = Graphs(model, kv, config.max_num_seqs, longest) if buffers else None
+    return Runner(model, kv, model.device, graphs.capture() if record else graphs, model.ops.sample)
 
 class Engine:
     "The synchronous core: jobs in, one step at a time, results out"
@@ -215,9 +216,12 @@ class Engine:
         self.scheduler = Scheduler(config, pool, longest)
         self.runner = make_runner(model, config, blocks, longest, dtype)
         self.jobs, self.choices, self.numbers, self.luck = {}, {}, itertools.count(), random.Random(config.seed)
+        self.overlap = bool(self.runner.graphs) if config.async_scheduling is None else config.async_scheduling
+        self.flying = None # the step that has been launched and not been read
 
     def step(self)->list[tuple]: # (job id, Chunk | RequestOutput | Exception)
         "One pass of the model over all that is ready"
+        if self.overlap: return overlapped_step(self)
         step = self.scheduler.schedule()         # who computes how many tokens
         assert step or not self.jobs, "requests wait, and the scheduler gives none of them a token"
         if step is None: return []
@@ -226,7 +230,7 @@ class Engine:
         return report(self, step, output)        # text, stop strings, results
 
     @property
-    def has_work(self)->bool: return bool(self.jobs)
+    def has_work(self)->bool: return bool(self.jobs or self.flying)
 
     def add(self, job:Job):
         "Queue a job"
@@ -242,6 +246,22 @@ class Engine:
         requests = [c.request for j in jobs for c in j.choices if c.request in self.choices]
         for r in requests: self.scheduler.cancel(r)
         return [news for r in requests for news in attempt(finish_choice, self, r)]
+
+# %% ../nbs/27_engine.ipynb #b36d48a8
+def overlapped_step(e:Engine)->list[tuple]: # like `Engine.step`, of the step launched one call ago
+    "Launch the next step, before the last one's tokens are read if it is certain, then read those"
+    last, e.flying = e.flying, None
+    if last and last.step is e.runner.resident and (step := e.scheduler.repeat()): e.flying = e.runner.launch(step)
+    news = land(e, last) if last else []
+    if not e.flying and (step := e.scheduler.schedule()): e.flying = e.runner.launch(step)
+    assert e.flying or not e.jobs, "requests wait, and the scheduler gives none of them a token"
+    return news
+
+def land(e:Engine, launched:Launched)->list[tuple]: # like `Engine.step`
+    "Read a step's tokens"
+    output = launched.output()
+    e.scheduler.update(launched.step, output.ids)
+    return report(e, launched.step, output)
 
 # %% ../nbs/27_engine.ipynb #0b4c41ae
 def make_job(engine:Engine,

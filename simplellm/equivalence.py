@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WAYS', 'answers', 'alone', 'in_batch', 'in_chunks', 'warm', 'starved', 'watch_requests', 'in_slots',
-           'among_cancelled', 'prompts_for', 'equivalence_table']
+           'among_cancelled', 'in_buffers', 'watch_calls', 'prompts_for', 'equivalence_table']
 
 # %% ../nbs/33_equivalence.ipynb #75f378d1
 import random
@@ -92,9 +92,30 @@ def among_cancelled(model, prompts, params):
     return outputs[::3], f"{lost} neighbours cancelled"
 
 # %% ../nbs/33_equivalence.ipynb #efcdbb63
+def in_buffers(overlap:bool # launch steps before the last one's tokens are read?
+              )->Callable:
+    "Decode steps in the buffers of CUDA graphs, which move on by themselves"
+    def way(model, prompts, params):
+        engine = Engine(model, EngineConfig(async_scheduling=True))
+        engine.overlap = overlap
+        found = watch_calls(engine.scheduler, "repeat") if overlap else watch_calls(engine.runner.graphs, "replay")
+        return answers(engine, prompts, params), f"{sum(x is not None for x in found)} steps {'begun early' if overlap else 'in buffers'}"
+    return way
+
+def watch_calls(owner, method:str)->list: # fills while the engine works
+    "What a method returns from now on"
+    found, f = [], getattr(owner, method)
+    def watched(*args):
+        found.append(f(*args))
+        return found[-1]
+    setattr(owner, method, watched)
+    return found
+
+# %% ../nbs/33_equivalence.ipynb #44a88fbe
 WAYS = {"alone = in a batch": in_batch, "whole = chunks of 1": in_chunks(1), "whole = chunks of 7": in_chunks(7),
         "whole = chunks of 16": in_chunks(16), "cold = warm prefix": warm, "ample = starved cache": starved,
-        "paged = slots": in_slots, "left alone = neighbours cancelled": among_cancelled}
+        "paged = slots": in_slots, "left alone = neighbours cancelled": among_cancelled,
+        "fresh batches = standing buffers": in_buffers(False), "read, then launch = launch, then read": in_buffers(True)}
 
 # %% ../nbs/33_equivalence.ipynb #34a88bd9
 def prompts_for(vocab_size:int, # ids to draw from

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Request', 'Step', 'give', 'shared_blocks', 'take_blocks', 'grow', 'register_full', 'why_finished', 'check_fits',
-           'Queues', 'make_room', 'plan_running', 'plan_waiting', 'advance', 'settle', 'Scheduler']
+           'Queues', 'make_room', 'plan_running', 'plan_waiting', 'advance', 'settle', 'repeat', 'Scheduler']
 
 # %% ../nbs/24_scheduler.ipynb #71eb30cb
 from collections import deque
@@ -219,6 +219,18 @@ def settle(r:Request, q:Queues)->bool: # did it end?
     return bool(why)
 
 # %% ../nbs/24_scheduler.ipynb #5857e672
+def repeat(q:Queues, max_seqs:int # that run at once
+          )->Step|None:
+    "The step under way once more, with blocks for it, if that is certain before its tokens are known"
+    step = q.steady
+    if step is None or q.growing or q.waiting and len(q.running) < max_seqs: return None
+    late = [r for r in step.requests if len(r.tokens) >= r.watch]
+    short = [r for r in late if len(r.tokens) >= len(r.block_table) * q.pool.block_size]
+    if len(short) > q.pool.num_free or any(len(r.tokens) >= r.limit - 1 for r in late): return None
+    for r in short: r.block_table += q.pool.allocate()
+    return step
+
+# %% ../nbs/24_scheduler.ipynb #387ab75c
 class Scheduler(Queues):
     "Decides before each step who computes how many tokens, and notes afterwards what came of it"
     def __init__(self,
@@ -243,6 +255,8 @@ class Scheduler(Queues):
         if len(step.sampling) == len(step.requests): step.sampling = step.requests
         self.steady = step if len(step.sampling) == len(self.running) == sum(step.num_new) else None
         return step
+
+    def repeat(self)->Step|None: return repeat(self, self.max_seqs) # the step under way once more, if that is certain
 
     def update(self, step:Step, # what `schedule` returned
                ids:list[int] # a new token for each of `step.sampling`

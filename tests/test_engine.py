@@ -1,11 +1,15 @@
 "The engine as a caller sees it: promises kept while requests share a model, are cancelled, break, or are dropped"
-import asyncio, gc, subprocess, sys, threading, time
+import asyncio, gc, random, subprocess, sys, threading, time
 import pytest, torch
 from simplellm.async_engine import LLM, EngineDead
-from simplellm.blocks import check_pool
-from simplellm.config import ModelConfig, RopeConfig
-from simplellm.equivalence import equivalence_table, prompts_for
+from simplellm.blocks import BlockPool, check_pool
+from simplellm.config import EngineConfig, ModelConfig, RopeConfig
+from simplellm.cudagraph import move_on, new_blocks, padding_batch, padding_wishes, place
+from simplellm.engine import Engine, make_job
+from simplellm.equivalence import equivalence_table, prompts_for, watch_calls
+from simplellm.runner import at_home
 from simplellm.sampling import SamplingParams
+from simplellm.scheduler import Request, Scheduler, Step
 from simplellm.tokenizer import Added, HARMONY_SPECIAL, O200K_PATTERN, Tokenizer, Vocabulary
 from simplellm.transformer import Transformer
 
@@ -365,3 +369,137 @@ def test_other_settings(options):
         all_free(llm)
         return found
     assert tokens(**options) == tokens()
+
+# --- decode steps in standing buffers, launched before the last one's tokens are read
+
+LATE = random_model(seed=0, num_layers=1, windows=(8,), max_position=256) # small, since this file runs it a lot
+
+def wishes(luck, odd):
+    "Something to ask for; an odd one may keep its step out of the buffers"
+    p = dict(max_tokens=luck.randint(3, 24), seed=luck.randrange(10**9), temperature=luck.choice([0, .7, 1.5]), ignore_eos=luck.random() < .5)
+    p |= luck.choice([{}, dict(top_p=.8), dict(top_k=7), dict(min_p=.1)])
+    if luck.random() < .5: p["stop_token_ids"] = [luck.randrange(277) for _ in range(12)] # found late
+    if odd and luck.random() < .25: p |= luck.choice([dict(logprobs=1), dict(repetition_penalty=1.3), dict(min_tokens=3), dict(prompt_logprobs=0)])
+    if p["temperature"] and luck.random() < .2: p["n"] = 2
+    return SamplingParams(**p)
+
+def play(plan, options, overlap):
+    "Jobs that arrive at given steps; what came of them, and how many steps were begun early"
+    engine = Engine(LATE, EngineConfig(**options, async_scheduling=overlap))
+    early, done, now = watch_calls(engine.scheduler, "repeat"), {}, 0
+    plan = sorted(plan, key=lambda p: p[0])
+    names = []
+    while plan or engine.has_work:
+        while plan and plan[0][0] <= now:
+            _, prompt, params = plan.pop(0)
+            job = make_job(engine, prompt, params)
+            names.append(job.id)
+            engine.add(job)
+        done |= dict(engine.step())
+        now += 1
+    pool = engine.scheduler.pool
+    assert pool.num_free == pool.num_blocks and not engine.flying
+    check_pool(pool, [])
+    return [done[i] for i in names], sum(step is not None for step in early)
+
+def told(outputs):
+    "What a caller sees"
+    return [[(c.token_ids, c.finish_reason, c.stop_reason, c.logprobs and [*map(list, c.logprobs)]) for c in o.outputs] for o in outputs]
+
+@pytest.mark.parametrize("options", [dict(), dict(block_size=1, num_blocks=70, max_num_seqs=5), dict(block_size=4, num_blocks=24, enable_prefix_caching=False),
+                                     dict(block_size=4, max_num_batched_tokens=9, max_num_seqs=3), dict(scheduling="static", max_num_seqs=4)])
+def test_overlap_changes_nothing(options):
+    early = 0
+    for seed in range(2):
+        luck = random.Random(seed)
+        shared = [luck.randrange(277) for _ in range(20)]
+        plan = [(luck.randint(0, 40), shared[:luck.choice([0, 8, 20])] + [luck.randrange(277) for _ in range(luck.randint(1, 20))], wishes(luck, seed)) for _ in range(9)]
+        (plain, none), (ahead, some) = play(plan, options, False), play(plan, options, True)
+        assert told(ahead) == told(plain) and not none
+        early += some
+    assert early > 5
+
+def test_a_stop_found_late_costs_one_token_and_its_blocks_come_back():
+    plan = [(0, [5, 6, 7], SamplingParams(temperature=0, max_tokens=30, ignore_eos=True)), (0, [9, 9], SamplingParams(temperature=0, max_tokens=30, ignore_eos=True))]
+    (first, second), _ = play(plan, {}, False)
+    stop = first.outputs[0].token_ids[6]
+    at = first.outputs[0].token_ids.index(stop)
+    engine = Engine(LATE, EngineConfig(async_scheduling=True))
+    a, b = (make_job(engine, p, SamplingParams(temperature=0, max_tokens=30, stop_token_ids=[stop] if p[0] == 5 else None, ignore_eos=True)) for _, p, _ in plan)
+    for j in (a, b): engine.add(j)
+    done, rows = {}, watch_calls(engine.runner, "launch")
+    while engine.has_work: done |= dict(engine.step())
+    assert done[a.id].outputs[0].token_ids == first.outputs[0].token_ids[:at + 1] and done[a.id].outputs[0].stop_reason == stop
+    if stop not in second.outputs[0].token_ids: assert done[b.id].outputs[0].token_ids == second.outputs[0].token_ids
+    computed = sum(a.choices[0].request in launched.step.requests for launched in rows)
+    assert computed == at + (2 if at else 1) # one step more than tokens, unless the prompt's own step gave it
+
+def test_repeat_only_what_is_certain():
+    pool = BlockPool(4, 4)
+    s = Scheduler(EngineConfig(max_num_seqs=2), pool, 13)
+    r = Request("r", [1, 2], SamplingParams(max_tokens=11))
+    s.add(r)
+    assert s.repeat() is None # nothing is under way
+    def update(step): s.update(step, [5])
+    update(s.schedule())
+    step = s.schedule() # 3 tokens; the third is being computed
+    assert s.repeat() is step and len(r.block_table) == 1
+    update(step) # 4 tokens: the block is full once the fourth is computed
+    assert s.repeat() is step and len(r.block_table) == 2 # room for the fifth, before it is known
+    s.add(Request("new", [3], SamplingParams()))
+    assert s.repeat() is None # somebody waits for a place
+    s.cancel(s.waiting[0])
+    step = s.schedule()
+    while len(r.tokens) < 12:
+        assert s.repeat() is step
+        update(step)
+    assert len(r.tokens) == 12 and s.repeat() is None # the token under way is its last
+    assert s.schedule() is step
+    update(step)
+    assert r.finish_reason == "length" and len(r.tokens) == 13 and pool.num_free == 4
+
+def test_repeat_needs_blocks():
+    pool = BlockPool(2, 4)
+    s = Scheduler(EngineConfig(), pool, 8)
+    for name in "ab": s.add(Request(name, [1, 2], SamplingParams(max_tokens=6)))
+    for _ in range(2): s.update(step := s.schedule(), [5] * len(step.sampling))
+    assert (step := s.schedule()).num_new == [1, 1] and s.repeat() is None and pool.num_free == 0
+
+def test_buffers_move_on_by_themselves():
+    b, w = padding_batch(4, 3, scratch=9, block_size=4, device="cpu"), padding_wishes(4, "cpu")
+    b.block_tables[:2, :2], b.positions[:2], b.active[:] = torch.tensor([[3, 5], [7, 1]]), torch.tensor([2, 0]), 2
+    for step in range(5):
+        place(b, w, 4)
+        assert b.seq_lens.tolist() == [3 + step, 1 + step, 1, 1] and w.positions.tolist() == b.seq_lens.tolist()
+        assert b.slot_mapping.tolist() == [[3, 5][(2 + step) // 4] * 4 + (2 + step) % 4, [7, 1][step // 4] * 4 + step % 4, 36, 36]
+        move_on(b, torch.tensor([step, 1, 2, 3]))
+    assert b.token_ids[0] == 4 and b.positions.tolist() == [7, 5, 0, 0]
+    assert new_blocks([[1, 2, 3], [4], [5, 6]], [1, 1, 1]) == [(0, 1, 2), (0, 2, 3), (2, 1, 6)]
+
+def test_who_needs_the_host_between_two_tokens():
+    def home(**p): rs = [Request("r", [1], SamplingParams(**p))]; return at_home(Step(rs, [1], rs))
+    assert home() and home(top_k=3, top_p=.5, min_p=.1, seed=1) and home(temperature=0, stop="x")
+    assert not any(home(**p) for p in (dict(logprobs=0), dict(prompt_logprobs=0), dict(min_tokens=2), dict(presence_penalty=.1), dict(logit_bias={1: 2.})))
+    a, b = (Request(n, [1, 2], SamplingParams()) for n in "ab")
+    assert not at_home(Step([a, b], [1, 2], [b]))
+
+def test_the_asynchronous_engine_on_top():
+    "Streams, cancels and late stop strings through threads"
+    with LLM(MODEL, tokenizer=TOKENIZER, async_scheduling=True) as llm, LLM(MODEL, tokenizer=TOKENIZER) as plain:
+        for params in (dict(temperature=0, max_tokens=40, ignore_eos=True), dict(seed=3, max_tokens=40, stop=["e", "a"])):
+            assert [o.text for o in llm.generate(["abc", "hello"], **params)] == [o.text for o in plain.generate(["abc", "hello"], **params)]
+        g, streams = llm.generate(["a"] * 4, max_tokens=200, ignore_eos=True), [llm.stream("b", max_tokens=200, ignore_eos=True) for _ in range(2)]
+        next(streams[0])
+        g.cancel()
+        del streams
+        assert len(llm.generate("c", max_tokens=20, ignore_eos=True)[0].outputs[0].token_ids) == 20
+    all_free(llm)
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="records CUDA graphs")
+def test_recorded_steps_are_the_computed_ones():
+    from simplellm.models import load_model
+    model, prompts = load_model(device="cuda"), [[5 + i] * (3 + 7 * i) for i in range(5)]
+    def tokens(**o):
+        with LLM(model, tokenizer=None, skip_tokenizer_init=True, **o) as llm:
+            return [r.outputs[0].token_ids for r in llm.generate(prompts, temperature=0, max_tokens=24, ignore_eos=True)]
+    assert tokens(async_scheduling=True) == tokens(async_scheduling=False) # both recorded
