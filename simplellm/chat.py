@@ -143,7 +143,7 @@ def encode_pieces(tokenizer:Tokenizer, pieces:Iterable[str])->list[int]:
     "Ids of a prompt: only `Special` pieces become special tokens"
     ids = []
     for piece in pieces:
-        if not isinstance(piece, Special): ids += tokenizer.encode(piece)
+        if not isinstance(piece, Special): ids += tokenizer.encode(piece, first=not ids)
         elif piece in tokenizer.special: ids.append(tokenizer.special[piece])
         else: raise ChatError(f"the tokenizer has no special token {piece}")
     return ids
@@ -567,7 +567,9 @@ def compile_template(template:str):
     def fail(message): raise ChatError(message)
     class Generation(Extension): # marks what training learns; here it marks nothing
         tags = {"generation"}
-        def parse(self, parser): return Scope(lineno=next(parser.stream).lineno, body=parser.parse_statements(["name:endgeneration"], drop_needle=True))
+        def parse(self, parser):
+            line = next(parser.stream).lineno
+            return Scope(parser.parse_statements(["name:endgeneration"], drop_needle=True), lineno=line)
     env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, Generation])
     env.filters["tojson"] = lambda x, ensure_ascii=False, **kw: json.dumps(x, ensure_ascii=ensure_ascii, **kw)
     env.globals |= dict(raise_exception=fail, strftime_now=lambda form: datetime.now().strftime(form))
