@@ -1,0 +1,247 @@
+"Workloads that are what they say, figures that anybody can compute again, and the command"
+import json, math
+from collections import Counter
+import numpy as np, pytest, torch
+from simplellm.bench import (Case, ablations, bench, comparison, figures, fit_model, make_cases, medians, pick_ops, plot, read_lines, serve,
+                             share_of_floor, stage_kinds)
+from simplellm.config import EngineConfig
+from simplellm.engine import Engine
+from simplellm.models import load_model, tiny_path
+from simplellm.ops import choose_ops
+from simplellm.plan import step_bytes
+from simplellm.sampling import SamplingParams
+from simplellm.workloads import SHAPES, due_times, find_shape, make_workload
+
+PARAMS = SamplingParams(temperature=1, ignore_eos=True)
+AGENTS = find_shape("agent-session", sessions=2, turns=2, output=3)
+
+@pytest.fixture(scope="module")
+def model(): return load_model(device="cpu")
+
+@pytest.fixture(scope="module")
+def lines():
+    cases = [Case("agents", AGENTS), Case("forgetful", AGENTS, engine=dict(enable_prefix_caching=False))]
+    return list(bench(None, cases, runs=1, progress=False, command="simplellm bench"))
+
+# workloads
+
+@pytest.mark.parametrize("workload", SHAPES)
+@pytest.mark.parametrize("preset", ["short", "mid", "long"])
+def test_workload_has_the_stated_shape(workload, preset):
+    shape = find_shape(workload, preset)
+    work = make_workload(shape, 5000, seed=3)
+    assert len(work) == shape.sessions and {len(s) for s in work} == {shape.turns}
+    assert len({s[0].tokens[:shape.shared] for s in work}) == 1  # the same beginning, if there is one
+    own, later = [len(s[0].tokens) - shape.shared for s in work], [len(t.tokens) for s in work for t in s[1:]]
+    answers = [t.output for s in work for t in s]
+    for lengths, mean in ((own, shape.first), (later, shape.further), (answers, shape.output)):
+        if not lengths: continue
+        assert all(mean // 4 <= n <= mean * 4 for n in lengths)
+        if not shape.spread: assert set(lengths) == {mean}
+        elif len(lengths) >= 100: assert np.mean(lengths) == pytest.approx(mean, rel=.3) and len(set(lengths)) > 8
+    assert all(0 <= i < 5000 for s in work for t in s for i in t.tokens)
+
+def test_what_the_names_promise():
+    assert find_shape("alpaca").sessions == 512 and find_shape("alpaca").turns == 1
+    assert find_shape("agent-session").shared > 0 and find_shape("chat-serving").turns > 1 and find_shape("uniform").spread == 0
+    for presets in SHAPES.values():  # each preset asks for more
+        sizes = [s.sessions * s.turns * (s.shared + s.first + s.output) for s in presets.values()]
+        assert sizes == sorted(sizes)
+
+def test_seed_decides_lengths_and_run_decides_ids():
+    shape = find_shape("chat-serving")
+    lengths = lambda work: [[(len(t.tokens), t.output) for t in s] for s in work]
+    one = make_workload(shape, 700, seed=1)
+    assert one == make_workload(shape, 700, seed=1) and one != make_workload(shape, 700, seed=1, run=1)
+    assert lengths(one) == lengths(make_workload(shape, 700, seed=1, run=1)) != lengths(make_workload(shape, 700, seed=2))
+    assert one[0][0].tokens[:6] == (145, 148, 267, 500, 315, 358)  # everywhere and always
+
+def test_arrivals():
+    assert due_times("burst", 3) == [0, 0, 0] and due_times("closed:2", 4) == [0, 0, math.inf, math.inf]
+    at = due_times("poisson:5", 5000, seed=1)
+    gaps = np.diff([0] + at)
+    assert at == due_times("poisson:5", 5000, seed=1) != due_times("poisson:5", 5000, seed=2)
+    assert gaps.min() > 0 and gaps.mean() == pytest.approx(.2, rel=.05) and gaps.std() == pytest.approx(.2, rel=.08)
+
+@pytest.mark.parametrize("wrong", ["", "poisson", "poisson:0", "poisson:inf", "poisson:nan", "closed:0", "closed:1.5", "burst:1", "later"])
+def test_wrong_arrivals(wrong):
+    with pytest.raises(ValueError, match="arrival=.*closed:N"): due_times(wrong, 3)
+
+def test_wrong_workloads():
+    with pytest.raises(ValueError, match="workload='x'.*chat-serving"): find_shape("x")
+    with pytest.raises(ValueError, match="preset='x'.*mid"): find_shape("uniform", "x")
+    with pytest.raises(ValueError, match="output=0"): find_shape("uniform", output=0)
+
+# serving
+
+def test_sessions_share_what_they_hold(lines):
+    agents, forgetful = lines
+    assert agents["figures"]["prefix_hit_rate"] > .3 and forgetful["figures"]["prefix_hit_rate"] == 0
+    later = [r for r in agents["requests"] if r["turn"]]
+    assert all(r["cached"] >= AGENTS.shared for r in later)
+    work = make_workload(AGENTS, 729, seed=0)
+    for r in agents["requests"]:  # a prompt is all that the session held, and what is new
+        before = work[r["session"]][:r["turn"]]
+        assert r["prompt"] == sum(len(t.tokens) + t.output for t in before) + len(work[r["session"]][r["turn"]].tokens)
+        assert len(r["times"]) == work[r["session"]][r["turn"]].output
+    for line in lines: assert sum(n for *_, n, _ in line["steps"]) == sum(r["prompt"] - r["cached"] + len(r["times"]) - 1 for r in line["requests"])
+
+def test_a_turn_follows_the_answer_before(lines):
+    for r in lines[0]["requests"]:
+        assert 0 <= r["sent"] < r["times"][0] and r["times"] == sorted(r["times"])
+        before = [q for q in lines[0]["requests"] if (q["session"], q["turn"] + 1) == (r["session"], r["turn"])]
+        assert all(r["sent"] == q["times"][-1] for q in before)
+
+def test_closed_keeps_a_number_busy(model):
+    work = make_workload(find_shape("uniform", sessions=4, first=8, output=3), 729)
+    requests, steps = serve(Engine(model), work, due_times("closed:2", 4), PARAMS)
+    assert max(rows for *_, rows in steps) == 2 and len(requests) == 4
+    ends = sorted(r["times"][-1] for r in requests)
+    assert [r["sent"] for r in requests[2:]] == ends[:2]
+
+def test_poisson_waits_for_arrivals(model):
+    work, due = make_workload(find_shape("uniform", sessions=2, first=8, output=2), 729), [0.0, .8]
+    requests, _ = serve(Engine(model), work, due, PARAMS)
+    assert [r["sent"] for r in requests] == due and requests[1]["times"][0] > .8
+
+def test_preemptions_are_counted(model):
+    work = make_workload(find_shape("uniform", sessions=2, first=16, output=20), 729)
+    engine = Engine(model, EngineConfig(num_blocks=4, enable_prefix_caching=False))
+    requests, steps = serve(engine, work, [0.0, 0.0], PARAMS)
+    assert figures(requests, steps)["preemptions"] == sum(r["preempted"] for r in requests) > 0
+    assert [len(r["times"]) for r in requests] == [20, 20]
+
+def test_failure_leaves_the_engine_whole(model):
+    engine = Engine(model)
+    with pytest.raises(ValueError, match="max_model_len|leaves no room|need"): serve(engine, make_workload(find_shape("uniform", sessions=1, first=5000), 729), [0.0], PARAMS)
+    assert "update" not in vars(engine.scheduler)
+
+# figures
+
+def test_figures_from_the_file_alone(lines, tmp_path):
+    file = tmp_path/"a.jsonl"
+    file.write_text("".join(json.dumps(l) + "\n" for l in lines))
+    for line in read_lines([file]):
+        requests, f = line["requests"], line["figures"]
+        assert figures(requests, line["steps"]).items() <= f.items()
+        seconds = max(t for r in requests for t in r["times"])  # a burst begins at 0
+        tokens, prompt = sum(len(r["times"]) for r in requests), sum(r["prompt"] for r in requests)
+        assert f["requests_per_s"] == pytest.approx(len(requests) / seconds) and f["output_tok_per_s"] == pytest.approx(tokens / seconds)
+        assert f["total_tok_per_s"] == pytest.approx((tokens + prompt) / seconds)
+        first = sorted(1000 * (r["times"][0] - r["sent"]) for r in requests)
+        assert f["ttft_ms_mean"] == pytest.approx(np.mean(first)) and f["ttft_ms_p50"] == pytest.approx(np.median(first)) and f["ttft_ms_p99"] <= first[-1]
+        gaps = [1000 * (b - a) for r in requests for a, b in zip(r["times"], r["times"][1:])]
+        assert f["itl_ms_mean"] == pytest.approx(np.mean(gaps)) and f["itl_ms_p95"] == pytest.approx(np.percentile(gaps, 95))
+        assert f["turn_ms_mean"] == pytest.approx(np.mean([1000 * (r["times"][-1] - r["sent"]) for r in requests]))
+        decode = [(e - b, n) for b, e, n, rows in line["steps"] if n == rows]
+        assert f["decode_tok_per_s"] == pytest.approx(sum(n for _, n in decode) / sum(t for t, _ in decode))
+
+def test_line_says_what_it_belongs_to(lines):
+    line = lines[0]
+    assert line["command"] == "simplellm bench" and line["run"] == 0 and line["settings"]["engine"]["block_size"] == 16
+    assert {"torch", "simplellm", "python"} <= line["machine"]["versions"].keys() and {"device", "cores", "load"} <= line["machine"].keys()
+    assert line["ops"]["attention"] == "simplellm.attention.paged_attention" and line["settings"]["shape"]["turns"] == 2
+    assert line["experts"]["rows"] == 2 and 2 <= line["experts"]["experts"] <= 4 and line["bandwidth"] > 0
+
+def test_floor(model, lines):
+    "By hand, from what the plan counts"
+    c, line = model.config, lines[1]
+    context = np.average([r["prompt"] + (len(r["times"]) - 1) / 2 for r in line["requests"]], weights=[len(r["times"]) for r in line["requests"]])
+    decode = [(e - b, rows) for b, e, n, rows in line["steps"] if n == rows]
+    def nbytes(rows):
+        parts = step_bytes(c, rows, float(context), 4)
+        return parts["dense"] + parts["cache"] + parts["experts"] * line["experts"]["experts"] / line["experts"]["uniform"]
+    share = sum(nbytes(rows) for _, rows in decode) / line["bandwidth"] / sum(t for t, _ in decode)
+    assert line["figures"]["share_of_floor"] == pytest.approx(share) and 0 < share < 1
+    assert share_of_floor(c, line["requests"], [(0, 1, 9, 2)], 1e9, 4) is None  # nothing but prompts
+
+def test_one_token_has_no_gaps():
+    f = figures([dict(sent=0.0, prompt=4, cached=0, preempted=0, times=[.5])], [(0, .5, 4, 1)])
+    assert "itl_ms_p50" not in f and f["decode_tok_per_s"] is None and f["prefill_tok_per_s"] == 8 and json.dumps(f, allow_nan=False)
+
+# cases
+
+def test_operations_by_stage():
+    assert stage_kinds("", "cpu") == {} and set(stage_kinds("reference", "cpu").values()) == {"reference"}
+    kinds = stage_kinds("triton,decode=reference,prefill=flash", "cuda")
+    assert (kinds.pop("decode"), kinds.pop("prefill")) == ("reference", "flash") and set(kinds.values()) == {"triton"} and "moe" in kinds
+    for wrong in ("flash", "decode=flash", "x=triton", "decode=", "triton,,x"):
+        with pytest.raises(ValueError, match="ops="): stage_kinds(wrong, "cuda")
+
+def test_flash_that_is_missing_is_named():
+    with pytest.raises(ValueError, match="ops='prefill=flash': expected flash-attn, but"): pick_ops("prefill=flash", "cpu", torch.float32)
+
+def test_what_is_not_asked_for_stays():
+    plain, some = choose_ops("cpu", torch.float32), pick_ops("norm=triton", "cpu", torch.float32)
+    changed = {f for f in vars(plain) if getattr(plain, f) is not getattr(some, f)} - {"why"}
+    assert changed == {"rms_norm"} and some.rms_norm.__module__ == "simplellm.kernels.norm" and some.why["rms_norm"] == "asked for: norm=triton"
+
+def test_kernels_need_a_gpu_or_the_interpreter(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match="TRITON_INTERPRET=1"): stage_kinds("norm=triton", "cpu")
+
+def test_stage_runs_what_it_names(model, monkeypatch):
+    "Prompts and decodes meet the attention that was asked for"
+    import simplellm.bench as b
+    seen, greedy = Counter(), SamplingParams(temperature=0, ignore_eos=True)
+    plain = b.Ops().attention
+    def noted(*args, **options): seen["decode" if args[6] == 1 else "prefill"] += 1; return plain(*args, **options)
+    monkeypatch.setattr(b, "triton_ops", lambda: vars(b.Ops()) | dict(attention=noted))
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    work = make_workload(find_shape("uniform", sessions=1, first=4, output=3), 729)
+    try:
+        for text, expected in (("decode=triton", {"decode": 8}), ("prefill=triton", {"prefill": 4}), ("triton", {"prefill": 4, "decode": 8})):
+            seen.clear()
+            serve(Engine(fit_model(model, None, text)), work, [0.0], greedy)
+            assert seen == expected, text
+    finally: fit_model(model, None, "")
+
+def test_ablations():
+    case = Case("x", AGENTS, engine=dict(enable_prefix_caching=False))
+    assert [c.label for c in ablations(case, "cpu")] == ["x", "x, no continuous batching"]
+    names = [c.label.removeprefix("x, no ") for c in ablations(Case("x", AGENTS), "cuda")[1:]]
+    assert names[:4] == ["CUDA graphs", "overlap", "prefix cache", "continuous batching"]
+    assert {"norm kernel", "rope kernel", "prefill kernel", "decode kernel", "moe kernel"} <= set(names[4:])
+    last = next(c for c in ablations(Case("x", AGENTS), "cuda") if "moe" in c.label)
+    assert stage_kinds(last.ops, "cuda") == {"moe": "reference"} and last.engine == {}
+
+def test_every_combination():
+    cases = make_cases("uniform", "long", "closed:4", [1, 8], [128, 1024], 1000, ["", "reference"], ["max_num_seqs=8", "enforce_eager=true", "scheduling=static"])
+    assert len({c.label for c in cases}) == 8 and {(c.shape.sessions, c.shape.first) for c in cases} == {(1, 128), (1, 1024), (8, 128), (8, 1024)}
+    assert EngineConfig(**cases[0].engine) == EngineConfig(max_num_seqs=8, enforce_eager=True, scheduling="static")
+    with pytest.raises(ValueError, match="engine='max_seqs=8'"): make_cases("uniform", "short", "burst", [None], [None], None, [""], ["max_seqs=8"])
+
+def test_too_long_for_the_model():
+    with pytest.raises(ValueError, match="big='sessions of .* tokens'.*max_model_len=4096"): next(bench(None, [Case("big", find_shape("agent-session", "long"))], progress=False))
+
+# side by side
+
+def test_comparison(lines):
+    again = [l | dict(figures=l["figures"] | dict(output_tok_per_s=v)) for l, v in ((lines[0], 10.0), (lines[0], 30.0), (lines[0], 20.0), (lines[1], 5.0))]
+    assert medians(again)["agents"]["output_tok_per_s"] == 20
+    table = comparison(again)
+    assert table[""] == ("agents", "forgetful") and table["output, against the first"] == ("1.00x", "0.25x") and table["prefix_hit_rate"][1] == "0"
+    assert {len(row) for row in table.values()} == {2}
+
+def test_plot(lines, tmp_path):
+    pytest.importorskip("matplotlib")
+    plot(lines).savefig(tmp_path/"a.png")
+    assert (tmp_path/"a.png").read_bytes().startswith(b"\x89PNG")
+
+def test_files_that_are_none(tmp_path):
+    for text in ("x\n", "[]\n", '{"label": 1}\n'):
+        (tmp_path/"a.jsonl").write_text(text)
+        with pytest.raises(ValueError, match="a.jsonl.*simplellm bench"): read_lines([tmp_path/"a.jsonl"])
+
+def test_command_line(tmp_path, capsys):
+    from simplellm.cli import app
+    def run(*args): app(["bench", *map(str, args)], standalone_mode=False); return capsys.readouterr().out
+    file, small = tmp_path/"a.jsonl", ["--sessions", 2, "--prompt", 8, "--output", 2, "--runs", 1]
+    out = run(f"synthetic:{tiny_path()}?layers=1", *small, "--engine", "max_num_seqs=4", "--json", file, "--kernels")
+    assert "output_tok_per_s" in out and "no GPU" in out and "aten::" in out
+    line, = read_lines([file])
+    assert line["settings"]["engine"]["max_num_seqs"] == 4 and len(line["requests"]) == 2 and line["command"].startswith("simplellm ")
+    (tmp_path/"b.jsonl").write_text(file.read_text())
+    assert "1.00x" in run("--compare", file, tmp_path/"b.jsonl", "--plot", tmp_path/"a.png") and (tmp_path/"a.png").exists()
+    with pytest.raises(ValueError, match="--compare"): run("one", "two")
+    with pytest.raises(ValueError, match="workload='x'"): run("--workload", "x")
