@@ -15,6 +15,15 @@ def test_every_kernel_compiles_and_none_spills_on_hopper():
     assert not [r for r in rows if r.target == "sm_90a" and r.spills], table(rows)
     assert all(r.resident for r in rows), table(rows)
 
+def test_every_launched_kernel_is_compiled_for_every_target():
+    import importlib, inspect, re
+    from simplellm.compile import TARGETS, all_kernels
+    for name in all_kernels():
+        module = importlib.import_module(name)
+        made = {(case["fn"].fn.__name__, target) for case in module.AOT for target in case.get("targets", TARGETS)}
+        launched = set(re.findall(r"\b(_[a-z_]+)\[", inspect.getsource(module)))
+        assert launched and not {(kernel, target) for kernel in launched for target in TARGETS} - made, name
+
 def noise(g, *shape, dtype=torch.float32): return torch.randn(shape, generator=g).to(device, dtype)
 
 @pytest.mark.parametrize("dtype", STEP, ids=str)

@@ -67,6 +67,25 @@ def test_only_padding(T):
     assert (ids == -1).all() and not weights.any()
     assert not ours.moe(noise(g, T, 32) * torch.nan, weights, ids, *mine, clamped).any()
 
+@pytest.mark.parametrize("T,E,k,active", [(33, 5, 2, None), (70, 128, 1, 68), (17, 9, 4, 0), (40, 16, 7, 40), (26, 40, 5, 1)])
+def test_routing_lists_assignments_by_expert(T, E, k, active):
+    g = torch.Generator().manual_seed(T)
+    logits = noise(g, T, E)
+    _, ids = ours.route(logits, k, active=None if active is None else torch.tensor(active, dtype=torch.int32, device=device))
+    order, offsets = ids.groups
+    flat = ids.flatten()[:k * (T if active is None else active)]
+    assert (ids.flatten()[len(flat):] == -1).all() and not ours.counters(ids.device).any()
+    assert order[:len(flat)].equal(flat.argsort(stable=True).int())
+    assert offsets.tolist() == [0, *flat.bincount(minlength=E).cumsum(0).tolist()]
+    other = ours.group(ids, E) # what ids from elsewhere get
+    assert other[0][:len(flat)].equal(order[:len(flat)]) and other[1].equal(offsets)
+
+def test_few_and_very_many_assignments_are_not_listed():
+    g = torch.Generator().manual_seed(0)
+    for T in 2, 600:
+        _, ids = ours.route(noise(g, T, 3), 2)
+        assert not hasattr(ids, "groups")
+
 def test_weights_that_do_not_sum_to_one():
     logits = noise(torch.Generator().manual_seed(2), 5, 13)
     torch.testing.assert_close(ours.route(logits, 4, normalize=False), plain.route(logits, 4, normalize=False), atol=1e-6, rtol=1e-6)
