@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['RESERVED', 'weight_bytes', 'activation_bytes', 'budget', 'block_bytes', 'concurrency', 'options', 'flags_that_fit',
            'layers_that_fit', 'smallest_memory', 'advice', 'check_memory', 'gpu_memory', 'refuse_too_large',
-           'largest_batch', 'measure_step', 'measure_graphs', 'all_graphs', 'cache_blocks', 'measure_blocks',
-           'plan_cache']
+           'largest_batch', 'measure_step', 'measure_graphs', 'unused_memory', 'all_graphs', 'cache_blocks',
+           'measure_blocks', 'plan_cache']
 
 # %% ../nbs/26_memory.ipynb #29613591
 import gc, math, torch
@@ -140,25 +140,32 @@ def largest_batch(e:EngineConfig, longest:int # tokens of the longest sequence
 @torch.inference_mode()
 def measure_step(model, e:EngineConfig, longest:int, dtype # a Transformer; as in `largest_batch`; of the cache
                 )->int: # bytes
-    "What a largest step takes for a moment"
-    batch, kv = largest_batch(e, longest).to(model.device), model.new_cache(1, e.block_size, dtype)
+    "What a largest step takes for a moment, in few rows or many"
+    kv = model.new_cache(1, e.block_size, dtype)
     torch.cuda.reset_peak_memory_stats(model.device)
     before = torch.cuda.memory_allocated(model.device)
-    logits = model(batch, kv)
-    for wish in dict(temperature=0), dict(), dict(top_p=.9):
-        model.ops.sample(logits, make_sampling([Request("", [0], SamplingParams(**wish))] * len(logits), model.device))
+    for rows in sorted({min(e.max_num_seqs, 2**k) for k in range(12)}):
+        logits = model(largest_batch(replace(e, max_num_seqs=rows), longest).to(model.device), kv)
+        for wish in dict(temperature=0), dict(), dict(top_p=.9):
+            model.ops.sample(logits, make_sampling([Request("", [0], SamplingParams(**wish))] * len(logits), model.device))
     return torch.cuda.max_memory_allocated(model.device) - before
 
 # %% ../nbs/26_memory.ipynb #4500c745
 def measure_graphs(model, e:EngineConfig, longest:int, dtype # as in `measure_step`
                   )->int: # bytes
     "What the recordings of all decode steps will take"
-    free = [gpu_memory(model.device)[0]]
+    free = [unused_memory(model.device)]
     graphs = Graphs(model, model.new_cache(2, e.block_size, dtype), e.max_num_seqs, longest)
     for n in graphs.sizes[:-3:-1]:
         graphs.record(n)
-        free.append(gpu_memory(model.device)[0])
+        free.append(unused_memory(model.device))
     return all_graphs([a - b for a, b in zip(free, free[1:])], len(graphs.sizes))
+
+def unused_memory(device)->int: # bytes
+    "What is free once PyTorch has given back what it only keeps in reserve"
+    gc.collect()
+    torch.cuda.empty_cache()
+    return gpu_memory(device)[0]
 
 def all_graphs(grown:list[int], # bytes that the largest took, and the second if there are two
                count:int # of graphs
@@ -181,8 +188,7 @@ def measure_blocks(model, e:EngineConfig, longest:int, dtype, block_bytes:int)->
     if model.device.type != "cuda": return 2**30 // block_bytes
     peak = measure_step(model, e, longest, dtype)
     graphs = 0 if e.enforce_eager or model.ops.asks_cpu else measure_graphs(model, e, longest, dtype)
-    gc.collect()
-    torch.cuda.empty_cache()
+    unused_memory(model.device)
     return cache_blocks(*gpu_memory(model.device), e.gpu_memory_utilization, peak, graphs, block_bytes) - bool(graphs)  # a scratch block
 
 def plan_cache(model, # a Transformer
