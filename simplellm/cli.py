@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['app', 'Model', 'Reasoning', 'MaxTokens', 'Temperature', 'Seed', 'Printer', 'stream_reply', 'options_of', 'load',
            'ask', 'note', 'turns', 'assistant_message', 'chat', 'read_jobs', 'read_job', 'done_ids', 'read_result',
-           'result_line', 'submit', 'generate', 'architecture', 'sizes', 'describe', 'table', 'info', 'plan', 'synth',
-           'main']
+           'result_line', 'submit', 'generate', 'architecture', 'text_rows', 'sizes', 'describe', 'table', 'info',
+           'plan', 'synth', 'bench', 'main']
 
 # %% ../nbs/32_cli.ipynb #d8d30d1b
-import json, math, os, sys
+import json, math, os, shlex, sys
 from pathlib import Path
 from typing import Annotated, Literal, Optional
 import typer
@@ -23,6 +23,7 @@ from .models import pick_dtype, read_config, tiny_path
 from .ops import choose_ops, describe_ops
 from .plan import plan as plan_of
 from .synthetic import Synthetic, write_checkpoint
+from .tokenizer import TokenizerError, load_tokenizer
 
 # %% ../nbs/32_cli.ipynb #d3a36b7b
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
@@ -226,6 +227,12 @@ def architecture(c)->dict: # ModelConfig
     return dict(family=c.family, layers=c.num_layers, hidden=c.hidden_size, attention=heads + window,
                 experts=experts, vocabulary=c.vocab_size, context=f"{c.max_position} tokens (RoPE {c.rope.kind})")
 
+def text_rows(folder:Path)->dict:
+    "What turns text into ids"
+    try: t = load_tokenizer(folder)
+    except TokenizerError as e: return dict(none=f"token ids only: {e}")
+    return dict(library=f"{t.runs_on}  ({t.why})", ids=f"{t.vocab_size:,}, {len(t.special)} of them special")
+
 def sizes(checkpoint, c, dtype)->dict: # Checkpoint, ModelConfig, torch.dtype of the cache
     "Bytes on disk and bytes per token in the cache"
     size = sum(checkpoint.dtype(n).itemsize * math.prod(checkpoint.shape(n)) for n in checkpoint.names)
@@ -241,6 +248,7 @@ def describe(model=None)->dict: # folder of a checkpoint, None for the shipped m
     where = torch.cuda.get_device_name() if device == "cuda" else f"cpu, {torch.get_num_threads()} threads"
     ops = {name: f"{what}  ({why})" for name, what, why in describe_ops(choose_ops(device, dtype))}
     return dict(model=dict(name=model or "the shipped tiny gpt-oss") | architecture(c), sizes=sizes(checkpoint, c, dtype),
+                tokenizer=text_rows(checkpoint.path),
                 device=dict(device=where, dtype=str(dtype).removeprefix("torch."), torch=torch.__version__), ops=ops)
 
 # %% ../nbs/32_cli.ipynb #2dfd01ac
@@ -280,6 +288,39 @@ def synth(model: Annotated[str, typer.Argument(help="gpt-oss-120b, gpt-oss-20b, 
           seed: Annotated[int, typer.Option(help="Another seed, other weights.", min=0)] = 0):
     "Write a random checkpoint of a model's exact shape."
     write_checkpoint(Synthetic(model, layers, seed, "cpu"), folder)
+
+# %% ../nbs/32_cli.ipynb #ac56bedb
+@app.command()
+def bench(targets: Annotated[Optional[list[str]], typer.Argument(help="A model: a folder or synthetic:...; the shipped one if not given. With --compare: result files.")] = None,
+          compare: Annotated[bool, typer.Option("--compare", help="Show results side by side instead of measuring.")] = False,
+          workload: Annotated[str, typer.Option(help="uniform, agent-session, chat-serving or alpaca.")] = "uniform",
+          preset: Annotated[str, typer.Option(help="short, mid or long.")] = "short",
+          arrival: Annotated[str, typer.Option(help="Of sessions: burst, poisson:RATE a second, or closed:N at a time.")] = "burst",
+          sessions: Annotated[Optional[list[int]], typer.Option(help="How many; repeat to compare.")] = None,
+          prompt: Annotated[Optional[list[int]], typer.Option(help="Tokens that a session brings with it; repeat to compare.")] = None,
+          output: Annotated[Optional[int], typer.Option(help="Tokens of each answer.")] = None,
+          ops: Annotated[Optional[list[str]], typer.Option(help="reference or triton, also by stage: triton,decode=reference; repeat to compare.")] = None,
+          engine: Annotated[Optional[list[str]], typer.Option(help="A setting such as max_num_seqs=64; repeat for more.")] = None,
+          ablate: Annotated[bool, typer.Option("--ablate", help="Also without one optimisation after another.")] = False,
+          kernels: Annotated[bool, typer.Option("--kernels", help="Also what a decode step launches, kernel by kernel.")] = False,
+          runs: Annotated[int, typer.Option(help="Of each case, after a warm-up.", min=1)] = 3,
+          seed: Annotated[int, typer.Option(help="Of lengths, arrivals and tokens.")] = 0, temperature: Temperature = 1.0,
+          result: Annotated[Optional[Path], typer.Option("--json", help="Append a line for each run to this file.")] = None,
+          picture: Annotated[Optional[Path], typer.Option("--plot", help="Draw throughput, latencies and roofline into this file.")] = None):
+    "Measure the engine under a workload, or compare results."
+    from simplellm import bench as b
+    if len(targets or []) > 1 and not compare: raise ValueError(f"bench: {' '.join(targets)}: expected one model, or --compare and result files")
+    lines = b.read_lines(targets or []) if compare else []
+    if not compare:
+        cases = b.make_cases(workload, preset, arrival, sessions or [None], prompt or [None], output, ops or [""], engine or [])
+        if ablate: cases = [c for case in cases for c in b.ablations(case, "cuda" if torch.cuda.is_available() else "cpu")]
+        for line in b.bench(targets and targets[0], cases, runs, seed, temperature, kernels=kernels, command=shlex.join(["simplellm", *sys.argv[1:]])):
+            lines.append(line)
+            if result: print(json.dumps(line), file=result.open("a"))
+    Console().print(table("Medians of all runs", b.comparison(lines)))
+    for label, rows in {l["label"]: l["kernels"] for l in lines if "kernels" in l}.items():
+        Console().print(table(f"{label}: " + ("kernels" if torch.cuda.is_available() else "PyTorch's operations, as there is no GPU"), rows))
+    if picture: b.plot(lines).savefig(picture)
 
 # %% ../nbs/32_cli.ipynb #03ff096a
 def main():
