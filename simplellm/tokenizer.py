@@ -6,11 +6,11 @@
 __all__ = ['expressible', 'GPT2_PATTERN', 'O200K_PATTERN', 'SPACE', 'BYTE_NAMES', 'HARMONY_SPECIAL', 'TokenizerError',
            'Inexpressible', 'require', 'byte_chars', 'spell', 'unspell', 'bpe_steps', 'listed_fully', 'unreachable',
            'merge_order', 'Added', 'Vocabulary', 'gaps', 'keep_gaps', 'split_pattern', 'parts', 'kind_of', 'read_split',
-           'read_bytelevel', 'check_model', 'read_merges', 'read_added', 'list_added', 'read_steps', 'apply',
-           'read_template', 'plain', 'character_ranks', 'prefix_scheme', 'read_metaspace', 'character_alphabet',
-           'read_byte_bpe', 'read_character_bpe', 'read_speller', 'strips_space', 'split_unmerged', 'read_vocabulary',
-           'parse', 'finder', 'cut_out', 'cut_added', 'byte_table', 'spelled_ids', 'Tokenizer', 'read_tiktoken',
-           'LibraryTokenizer', 'open_library', 'open_json', 'open_tokenizer', 'load_tokenizer']
+           'read_bytelevel', 'check_model', 'read_merges', 'read_added', 'read_steps', 'apply', 'read_around', 'plain',
+           'character_ranks', 'prefix_scheme', 'read_metaspace', 'character_alphabet', 'read_byte_bpe',
+           'read_character_bpe', 'read_speller', 'strips_space', 'split_unmerged', 'read_vocabulary', 'finder',
+           'cut_out', 'cut_added', 'byte_table', 'spelled_ids', 'Tokenizer', 'read_tiktoken', 'LibraryTokenizer',
+           'open_library', 'open_json', 'open_tokenizer', 'load_tokenizer']
 
 # %% ../nbs/02_tokenizer.ipynb #45a5e26f
 import base64, gc, json, re, threading, unicodedata
@@ -170,7 +170,7 @@ def read_split(step:dict # a Split or Digits of the pre_tokenizer
     "Its pieces as a pattern"
     if step["type"] == "Digits": return keep_gaps(r"\p{N}" if step["individual_digits"] else r"\p{N}+")
     how = step["pattern"]
-    return split_pattern(how["Regex"] if "Regex" in how else re.escape(how["String"]), step["behavior"], step["invert"])
+    return split_pattern(how["Regex"] if "Regex" in how else re.escape(how["String"]), step["behavior"], step.get("invert", False))
 
 def read_bytelevel(pre:dict|None # the pre_tokenizer section
                   )->tuple[str, str]: # the pattern, and which text gets a space in front
@@ -206,16 +206,14 @@ def read_merges(merges:list, # "a b" in older files, ["a", "b"] in newer ones
     return [pair for pair in pairs if "".join(pair) not in names]
 
 # %% ../nbs/02_tokenizer.ipynb #9fd6ebc3
-def read_added(entries:list[dict] # the added_tokens section
+def read_added(entries:list[dict]|None, # the added_tokens section
+               bad:tuple[str, ...]=("single_word", "lstrip", "rstrip") # flags that are not ours
               )->tuple[Added, ...]:
-    "Added tokens; those that swallow their surroundings are not ours"
-    for token in entries:
-        odd = [key for key in ("single_word", "lstrip", "rstrip") if token.get(key)]
+    "Added tokens; those that look at their surroundings are not ours"
+    for token in entries or []:
+        odd = [key for key in bad if token.get(key)]
         expressible(not odd, f"added token {token['content']!r} sets {odd}, expected none of them")
-    return list_added(entries)
-
-def list_added(entries:list[dict])->tuple[Added, ...]:
-    return tuple(Added(t["content"], t["id"], bool(t.get("special")), bool(t.get("normalized"))) for t in entries)
+    return tuple(Added(t["content"], t["id"], bool(t.get("special")), bool(t.get("normalized"))) for t in entries or [])
 
 # %% ../nbs/02_tokenizer.ipynb #bcc1a8be
 def read_steps(normalizer:dict|None # the normalizer section
@@ -232,8 +230,8 @@ def read_steps(normalizer:dict|None # the normalizer section
 def apply(steps:Iterable[Callable[[str], str]], text:str)->str: return reduce(lambda text, step: step(text), steps, text)
 
 # %% ../nbs/02_tokenizer.ipynb #5a6ead3e
-def read_template(post:dict|None # the post_processor section
-                 )->tuple[tuple[int, ...], tuple[int, ...]]: # ids before and after a prompt
+def read_around(post:dict|None # the post_processor section
+               )->tuple[tuple[int, ...], tuple[int, ...]]: # ids before and after a prompt
     "Accepts one TemplateProcessing at most"
     steps = [step for step in parts(post, "processors") if kind_of(step) not in (None, "ByteLevel")]
     kinds = list(map(kind_of, steps))
@@ -309,7 +307,7 @@ def read_speller(decoder:dict|None # the decoder section
     kinds = set(map(kind_of, parts(decoder, "decoders")))
     if kinds & {"ByteFallback", "Metaspace"}: return plain
     require("ByteLevel" in kinds, f"decoder {kinds}, expected ByteLevel, ByteFallback or Metaspace: single tokens must have bytes")
-    return lambda token: unspell(token) if set(token) <= set(_chars) else token.encode()
+    return lambda token: unspell(token) if all(ord(char) in _to_byte for char in token) else token.encode()
 
 def strips_space(decoder:dict|None)->bool:
     "Whether decoding drops a space in front"
@@ -332,20 +330,14 @@ def split_unmerged(model:dict, # the model section
 def read_vocabulary(data:dict # parsed tokenizer.json
                    )->Vocabulary:
     "Check each section and collect what tiktoken needs"
-    model, added, steps = data.get("model") or {}, read_added(data.get("added_tokens") or []), read_steps(data.get("normalizer"))
+    model, added, steps = data.get("model") or {}, read_added(data.get("added_tokens")), read_steps(data.get("normalizer"))
     check_model(model)
     pre, names = data.get("pre_tokenizer"), {token.text for token in added}
     spaced = bool(model.get("byte_fallback")) and "ByteLevel" not in map(kind_of, parts(pre, "pretokenizers"))
     tokens, pattern, prefix = (read_character_bpe if spaced else read_byte_bpe)(model, pre, names, steps)
     spell = read_speller(dict(type="ByteFallback" if spaced else "ByteLevel"))
     return Vocabulary(tokens, pattern, added, split_unmerged(model, {*tokens.values()}, names, spell), prefix, steps, spaced,
-                      strips_space(data.get("decoder")), *read_template(data.get("post_processor")))
-
-# %% ../nbs/02_tokenizer.ipynb #41dfbec4
-def parse(path:Path)->dict:
-    "A Hugging Face tokenizer.json"
-    try: return json.loads(path.read_bytes())
-    except ValueError as e: raise TokenizerError(f"not JSON: {e}") from None
+                      strips_space(data.get("decoder")), *read_around(data.get("post_processor")))
 
 # %% ../nbs/02_tokenizer.ipynb #fd20da10
 def finder(tokens:Iterable[Added])->re.Pattern|None:
@@ -376,7 +368,7 @@ def byte_table(v:Vocabulary)->list[bytes]: # index = id
     table = dict(pairs)
     require(len(table) == len(pairs), "vocabulary: two tokens share an id")
     table |= {token.id: token.text.encode() for token in v.added}
-    require(min(table) >= 0, f"vocabulary: negative id {min(table)}")
+    require(min(table) >= 0 and max(table) < 1 << 24, f"vocabulary: ids from {min(table)} to {max(table)}, expected 0 to 2**24")
     return [table.get(i, b"") for i in range(max(table) + 1)]
 
 # %% ../nbs/02_tokenizer.ipynb #2424572c
@@ -409,13 +401,13 @@ class Tokenizer:
                                           special_tokens=self.special if ascending else {})
 
     def encode(self, text:str, allow_special:bool=False, # whether `<|end|>` in the text is that token
-               template:bool=False, # whether to put the ids around it that open and close a prompt
+               add_special_tokens:bool=False, # whether to put the ids around it that open and close a prompt
                first:bool=True # whether the text is where a prompt begins
               )->list[int]:
         "Ids of a text; without `allow_special` the names of special tokens are ordinary characters"
         ids, pieces = [], cut_added(text, *self._finders[allow_special], self.vocabulary.steps)
         for i, (piece, whole) in enumerate(pieces): ids += [self.added[piece]] if whole else self._merge(piece, first and i == 0)
-        return [*self.vocabulary.before, *ids, *self.vocabulary.after] if template else ids
+        return [*self.vocabulary.before, *ids, *self.vocabulary.after] if add_special_tokens else ids
 
     def _merge(self, text:str, first:bool=True)->list[int]:
         "Ids of text without added tokens"
@@ -463,21 +455,21 @@ class LibraryTokenizer(Tokenizer):
     "Ids by Hugging Face's `tokenizers`"
     runs_on = "tokenizers"
     def __init__(self, vocabulary:Vocabulary, library, # a tokenizers.Tokenizer
-                 why:str): # what tiktoken cannot express
+                 why:str, # what tiktoken cannot express
+                 unknown:int|None): # id of what is not in the vocabulary: the one special token that text may become
         super().__init__(vocabulary)
-        self.why, self._library, self._lock = why, library, threading.Lock()
-        self._never = self._special_ids - {library.token_to_id(getattr(library.model, "unk_token", None) or "")}
+        self.why, self._library, self._lock, self._never = why, library, threading.Lock(), self._special_ids - {unknown}
 
     def _build(self, v:Vocabulary)->None: pass
 
-    def encode(self, text:str, allow_special:bool=False, template:bool=False, first:bool=True)->list[int]:
+    def encode(self, text:str, allow_special:bool=False, add_special_tokens:bool=False, first:bool=True)->list[int]:
         "As `Tokenizer.encode`"
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         with self._lock:
             self._library.encode_special_tokens = not allow_special
             found = self._library.encode(text, add_special_tokens=False)
         require(allow_special or not self._never & {*found.ids}, "the text spells a special token that its tokenizer would make of it")
-        return (self._library.post_process(found) if template else found).ids
+        return (self._library.post_process(found) if add_special_tokens else found).ids
 
 # %% ../nbs/02_tokenizer.ipynb #b0596ba1
 def open_library(path:Path, # a tokenizer.json
@@ -491,16 +483,17 @@ def open_library(path:Path, # a tokenizer.json
     except Exception as e: raise TokenizerError(f"{why}; the tokenizers library says {e}") from None
     require("'prepend_scheme': 'first'" not in str(data.get("pre_tokenizer")), f"{why}; prepend_scheme first is only for tiktoken")
     library.no_truncation(), library.no_padding()
-    spell, strip = read_speller(data.get("decoder")), strips_space(data.get("decoder"))
-    added, vocab = list_added(data.get("added_tokens") or []), library.get_vocab(with_added_tokens=False)
-    unmerged = tuple((spell(token), i) for token, i in vocab.items() if i not in {t.id for t in added})
-    return LibraryTokenizer(Vocabulary({}, "", added, unmerged, strip=strip), library, why)
+    spell, added, model = read_speller(data.get("decoder")), read_added(data.get("added_tokens"), ()), data["model"]
+    names = {token.id for token in added}
+    unmerged = tuple((spell(token), i) for token, i in library.get_vocab(with_added_tokens=False).items() if i not in names)
+    v = Vocabulary({}, "", added, unmerged, strip=strips_space(data.get("decoder")))
+    return LibraryTokenizer(v, library, why, model.get("unk_id", library.token_to_id(model.get("unk_token") or "")))
 
 # %% ../nbs/02_tokenizer.ipynb #b105672c
 def open_json(path:Path # tokenizer.json
              )->Tokenizer:
     "tiktoken where it can, the `tokenizers` library where it must"
-    data = parse(path)
+    data = json.loads(path.read_bytes())
     try: return Tokenizer(read_vocabulary(data))
     except Inexpressible as e: return open_library(path, data, str(e))
 

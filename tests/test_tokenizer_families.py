@@ -114,7 +114,7 @@ def assert_same(ours, theirs, texts, form=None):
             if form and theirs.normalizer.normalize_str(text) != unicodedata.normalize(form, text): # marks the library does not know
                 skipped += 1
                 continue
-            got = ours.encode(text, allow_special=allow, template=allow)
+            got = ours.encode(text, allow_special=allow, add_special_tokens=allow)
             assert got == want.ids, (text, allow, [ours.token_bytes(i) for i in got], want.tokens)
             assert allow or not names & {*got}
             assert ours.decode(got) == theirs.decode(got, skip_special_tokens=False), text
@@ -134,10 +134,17 @@ def test_ids_of_a_family(family):
 
 def test_pieces_of_a_prompt():
     "After a special token no space is put in front, where the scheme is `first`"
+    from simplellm.chat import Special, encode_pieces
     ours, theirs = both(FAMILIES["llama2, first"]())
     rng = random.Random(3)
     for text in (random_text(rng, []) for _ in range(300)):
-        assert [1, *ours.encode(text, first=False)] == theirs.encode("<s>" + text, add_special_tokens=False).ids
+        assert encode_pieces(ours, [Special("<s>"), text]) == theirs.encode("<s>" + text, add_special_tokens=False).ids
+
+def test_a_raw_prompt_gets_what_the_template_says():
+    from simplellm.async_engine import read_prompt
+    ours, theirs = both(FAMILIES["llama3"]())
+    assert read_prompt(ours, "Hello<|eot_id|>") == ("Hello<|eot_id|>", theirs.encode("Hello<|eot_id|>").ids)
+    assert read_prompt(ours, "Hello")[1][0] == ours.special["<|begin_of_text|>"]
 
 @pytest.mark.parametrize("family", ["qwen", "mixtral", "llama2, first"])
 def test_added_tokens_found_after_normalization(family):
@@ -209,11 +216,19 @@ def test_the_library_takes_over(make, why, tmp_path, monkeypatch):
             if not allow and {*special.values()} & {*want} - {0}: # a model that spells them: refused
                 with pytest.raises(TokenizerError, match="special token"): ours.encode(text)
                 continue
-            got = ours.encode(text, allow_special=allow, template=allow)
+            got = ours.encode(text, allow_special=allow, add_special_tokens=allow)
             assert got == want and ours.decode(got) == theirs.decode(got, skip_special_tokens=False), text
     assert ours.encode("a\ud800b") == ours.encode("a\ufffdb")
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(TokenizerError, match=rf"tokenizer.json.*{why}.*pip install tokenizers"): load_tokenizer(tmp_path)
+
+def test_info_says_which_library_runs(tmp_path):
+    from simplellm.cli import text_rows
+    for make, runs in [(swallowing, "tokenizers  (added token"), (FAMILIES["mixtral"], "tiktoken  (")]:
+        (tmp_path/"tokenizer.json").write_text(json.dumps(make()))
+        assert text_rows(tmp_path)["library"].startswith(runs)
+    (tmp_path/"tokenizer.json").unlink()
+    assert "expected a tokenizer.json" in text_rows(tmp_path)["none"]
 
 def test_merges_never_spell_a_special_token():
     "The library would; here the letters stay letters"
@@ -228,7 +243,7 @@ def test_merges_never_spell_a_special_token():
     assert ours.decode(ours.encode("a<s>b")) == "a<s>b"
 
 @pytest.mark.parametrize("change, message", [
-    (lambda d: d["model"].update(dropout=.1), "dropout"), (lambda d: d.update(decoder=None, normalizer=dict(type="Lowercase")), "decoder"),
+    (lambda d: d["added_tokens"][0].update(id=10**12), "ids from 1 to 1000000000000"), (lambda d: d["model"].update(dropout=.1), "dropout"), (lambda d: d.update(decoder=None, normalizer=dict(type="Lowercase")), "decoder"),
     (lambda d: d["model"]["vocab"].update({"<0x41>": 1}), "share an id"), (lambda d: d["model"].update(merges=[["a"]]), "not a pair"),
     (lambda d: d["model"]["merges"].append(["日", "\ue000"]), "lacks"), (lambda d: d["post_processor"].update(special_tokens={}), "KeyError"),
     (lambda d: d["model"].update(type="WordPiece"), "library says"), (lambda d: d.update(pre_tokenizer=metaspace("first", False), normalizer=dict(type="Lowercase")), "first")])
