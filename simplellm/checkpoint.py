@@ -136,7 +136,7 @@ def read_header(path # of a safetensors file
                )->dict[str, Entry]: # in the order of the file; or a CheckpointError
     "What a safetensors file claims to hold, every claim checked"
     path = Path(path)
-    require(path.is_file(), path, f"expected in folder {path.parent.name}, but there is no such file")
+    require(path.is_file(), path, f"expected in folder {path.parent}, but there is no such file")
     header, size = split_file(path)
     header.pop("__metadata__", None)
     entries = {k: read_entry(path, k, v) for k, v in header.items()}
@@ -192,9 +192,9 @@ class Checkpoint:
     def __init__(self, path # folder with model.safetensors, or with its index and shards
                 ):
         self.path = Path(path)
-        require(self.path.is_dir(), self.path, "expected a folder that holds a checkpoint")
+        require(self.path.is_dir(), self.path, f"expected a folder that holds a checkpoint at {path}")
         single = (self.path/SINGLE).is_file()
-        require(single or (self.path/INDEX).is_file(), self.path, f"expected {SINGLE} or {INDEX} in this folder")
+        require(single or (self.path/INDEX).is_file(), self.path, f"expected {SINGLE} or {INDEX} in {path}")
         self.listing = self.path/(SINGLE if single else INDEX) # the file that says which tensors there are
         self.entries = read_header(self.listing) if single else read_shards(self.path)
         self.opened = {} # file -> its reader, which would parse the header again for every tensor
