@@ -127,12 +127,12 @@ def is_encoding(d)->bool: # state of a pickled Encoding
 def read_pickle(file:Path # tokenizer.pkl
                )->Tokenizer: # or a TokenizerError
     "The tokenizer in a pickled tiktoken Encoding; nothing in the file is run"
-    try: parts = EncodingUnpickler(BytesIO(file.read_bytes())).load()
+    try: d = getattr(EncodingUnpickler(BytesIO(file.read_bytes())).load(), "state", None)
     except Exception as e: raise TokenizerError(f"{file}: expected a pickled tiktoken Encoding: {type(e).__name__} {e}") from None
-    d = getattr(parts, "state", None) if isinstance(parts, Parts) else None
     if not is_encoding(d): raise TokenizerError(f"{file}: expected a tiktoken Encoding with pat_str, mergeable_ranks and special_tokens")
     ranks = dict(sorted(d["mergeable_ranks"].items(), key=lambda item: item[1]))
-    try: return Tokenizer(Vocabulary(ranks, d["pat_str"], tuple(Added(t, i) for t, i in d["special_tokens"].items())))
+    added = tuple(Added(t, i) for t, i in d["special_tokens"].items())
+    try: return Tokenizer(Vocabulary(ranks, d["pat_str"], added, before=tuple(t.id for t in added if t.text == "<|bos|>")))
     except Exception as e: raise TokenizerError(f"{file}: {e}") from None
 
 # %% ../nbs/22_nanochat.ipynb #519818fa

@@ -148,7 +148,9 @@ def test_chat(tmp_path, small):
     with LLM(folder, device="cpu", num_blocks=32) as llm:
         out = llm.chat([dict(role="user", content="hello <|bos|>")], max_tokens=5, temperature=0, ignore_eos=True)[0]
         assert out.prompt_token_ids == rendered([dict(role="user", content="hello <|bos|>")]) and len(out.outputs[0].token_ids) == 5
-        assert llm.generate("hello", max_tokens=3, ignore_eos=True)[0].prompt_token_ids == ENCODING.encode_ordinary("hello")
+        hello = ENCODING.encode_ordinary("hello")
+        assert llm.generate("hello", max_tokens=3, ignore_eos=True)[0].prompt_token_ids[-len(hello):] == hello
+        assert tok.encode("hello", add_special_tokens=True) == [tok.special["<|bos|>"], *hello]  # as every document in training began
 
 def test_tokenizer(tmp_path):
     "The ids of the encoding that was pickled, on any text and by any protocol"
