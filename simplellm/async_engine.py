@@ -211,14 +211,14 @@ def list_conversations(messages)->list: # of lists of messages
 def read_prompt(tokenizer, # None = token ids only
                 prompt # a text, token ids, or vLLM's dict with `prompt` or `prompt_token_ids`
                )->tuple[str|None, list[int]]: # its text, its ids
-    "One prompt as token ids; special tokens written in a raw prompt are special"
+    "One prompt as token ids; special tokens written in it are special, those of its tokenizer go around it"
     if isinstance(prompt, dict):
         found = prompt.get("prompt_token_ids", prompt.get("prompt"))
         if found is None: raise ValueError(f"prompt: expected `prompt` or `prompt_token_ids` in {prompt!r}")
         prompt = found
     if isinstance(prompt, str):
         if tokenizer is None: raise ValueError("prompt: a text needs a tokenizer; without one, give token ids")
-        return prompt, tokenizer.encode(prompt, allow_special=True)
+        return prompt, tokenizer.encode(prompt, allow_special=True, add_special_tokens=True)
     if not isinstance(prompt, (list, tuple)): raise TypeError(f"prompt: expected a text or token ids, got {prompt!r}")
     return None, prompt
 
@@ -251,6 +251,7 @@ def default_params(folder:Path, # of the checkpoint
     file = folder/"generation_config.json"
     given = read_json(file) if source == "auto" and file.exists() else {}
     known = {k: given[k] for k in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty") if given.get(k) is not None}
+    if given.get("max_new_tokens") is not None: known["max_tokens"] = given["max_new_tokens"]
     return SamplingParams(**known | (dict(temperature=0.0) if given.get("do_sample") is False else {}))
 
 # %% ../nbs/28_async_engine.ipynb #582fb6fd

@@ -4,13 +4,16 @@ from pathlib import Path
 import pytest, torch
 
 transformers = pytest.importorskip("transformers", reason="the judge of this file")
+from simplellm import LLM
 from simplellm.batch import make_batch
+from simplellm.chat import ChatError, encode_chat, read_template
 from simplellm.checkpoint import Checkpoint, CheckpointError
 from simplellm.config import EngineConfig
 from simplellm.engine import Engine, RequestOutput, make_job
 from simplellm.models import FAMILIES, load_model, load_weights, read_config, tensor_table
 from simplellm.parallel import Shard
 from simplellm.sampling import SamplingParams
+from simplellm.tokenizer import load_tokenizer
 from simplellm.transformer import Transformer
 
 _spec = importlib.util.spec_from_file_location("parity", Path(__file__).with_name("test_parity.py"))
@@ -119,6 +122,8 @@ REFUSED = [
     ("llama", dict(rope_parameters=dict(rope_type="yarn", type="linear", rope_theta=1e4, factor=2.0)), "contradicts"),
     ("llama", dict(num_hidden_layers=10**18), "num_hidden_layers"), ("llama", dict(mlp_bias="yes"), "mlp_bias"),
     ("llama", dict(quantization_config=dict(quant_method="mxfp4")), "quantization_config"), ("qwen3", dict(head_dim="gone"), "head_dim"),
+    ("nanochat", dict(hidden_act="silu"), "hidden_act 'silu'"), ("nanochat", dict(final_logit_softcapping=None), "final_logit_softcapping"),
+    ("nanochat", dict(final_logit_softcapping=-1), "final_logit_softcapping"), ("nanochat", dict(hidden_act="gone"), "hidden_act"),
     ("qwen2", dict(use_sliding_window="gone"), "use_sliding_window"), ("qwen2", dict(use_sliding_window="no"), "use_sliding_window"),
     ("qwen2", dict(use_sliding_window=True, sliding_window=8, layer_types="gone", max_window_layers="gone"), "max_window_layers"),
     ("qwen3_moe", dict(mlp_only_layers=3), "mlp_only_layers"), ("qwen3_moe", dict(decoder_sparse_step=0), "decoder_sparse_step"),
@@ -150,6 +155,9 @@ HUB = dict( # config.json as published, shortened; the model's parameters
         max_window_layers=48, moe_intermediate_size=768, norm_topk_prob=True, num_attention_heads=32, num_experts=128, num_experts_per_tok=8,
         num_hidden_layers=48, num_key_value_heads=4, rms_norm_eps=1e-6, rope_scaling=None, rope_theta=1000000.0, sliding_window=None,
         tie_word_embeddings=False, torch_dtype="bfloat16", use_sliding_window=False, vocab_size=151936, attention_bias=False), 30_532_122_624),
+    nanochat=(dict(hidden_size=2048, intermediate_size=8192, max_position_embeddings=2048, num_attention_heads=16, num_hidden_layers=32,
+        num_key_value_heads=16, rms_norm_eps=1e-6, rope_theta=10000.0, tie_word_embeddings=False, torch_dtype="bfloat16", vocab_size=65536,
+        hidden_act="relu2", final_logit_softcapping=15.0), 1_879_048_192),
     mixtral=(dict(hidden_size=4096, intermediate_size=14336, max_position_embeddings=32768, num_attention_heads=32, num_experts_per_tok=2,
         num_hidden_layers=32, num_key_value_heads=8, num_local_experts=8, rms_norm_eps=1e-5, rope_theta=1000000.0, sliding_window=None,
         tie_word_embeddings=False, torch_dtype="bfloat16", vocab_size=32000), 46_702_792_704))
@@ -158,7 +166,137 @@ HUB = dict( # config.json as published, shortened; the model's parameters
 def test_published(tmp_path, family):
     "The published configurations, and as many parameters as their models have"
     d, parameters = HUB[family]
-    (tmp_path/"config.json").write_text(json.dumps(d | dict(architectures=[FAMILIES[family].architecture], model_type=family, hidden_act="silu")))
+    (tmp_path/"config.json").write_text(json.dumps(dict(hidden_act="silu") | d | dict(architectures=[FAMILIES[family].architecture], model_type=family)))
     c = read_config(tmp_path)
     assert sum(math.prod(r.shape) for r in tensor_table(c)) == parameters
-    assert set(c.windows) == {None} and c.activation == "swiglu" and c.norm_topk_prob
+    assert set(c.windows) == {None} and c.activation == ("relu2" if family == "nanochat" else "swiglu") and c.norm_topk_prob
+
+# --- chat templates and generation_config.json
+
+BLOCK = """{%- macro call(c) %}<tool_call>
+{"name": {{ c.function.name | tojson }}, "arguments": {{ c.function.arguments | tojson }}}
+</tool_call>{% endmacro -%}
+{%- if tools %}{{ '<|im_start|>system\\n' }}{{ messages[0].content if messages[0].role == 'system' else 'You help.' }}
+{%- for t in tools %}{{ '\\n' ~ (t | tojson) }}{% endfor %}{{ '<|im_end|>\\n' }}
+{%- elif messages[0].role == 'system' %}{{ '<|im_start|>system\\n' ~ messages[0].content ~ '<|im_end|>\\n' }}{% endif -%}
+{%- for m in (messages[1:] if messages[0].role == 'system' else messages) -%}
+    {%- if m.role == 'tool' -%}
+        {%- if loop.first or loop.previtem.role != 'tool' %}{{ '<|im_start|>user' }}{% endif %}{{ '\\n<tool_response>' ~ m.content ~ '</tool_response>' }}
+        {%- if loop.last or loop.nextitem.role != 'tool' %}{{ '<|im_end|>\\n' }}{% endif -%}
+    {%- else %}{{ '<|im_start|>' ~ m.role ~ '\\n' ~ (m.content or '') }}{% for c in m.tool_calls or [] %}{{ call(c) }}{% endfor %}{{ '<|im_end|>\\n' }}{% endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
+HEADERS = """{{- bos_token }}{%- if date_string is not defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif -%}
+{%- set ns = namespace(text='', start=0) %}{% if messages[0]['role'] == 'system' %}{% set ns.text = messages[0]['content'] | trim %}{% set ns.start = 1 %}{% endif -%}
+<|im_start|>system
+Today: {{ date_string }}
+{{ ns.text }}
+{%- if tools is not none %}
+{{ tools | tojson(indent=4) }}
+{% endif %}<|im_end|>
+{% for m in messages[ns.start:] %}
+    {%- if m.role == 'skip' %}{% continue %}{% endif %}
+    {%- if m.tool_calls is defined %}{% if m.tool_calls | length != 1 %}{{ raise_exception('one call at a time') }}{% endif %}
+        {%- set c = m.tool_calls[0].function %}{{ '{"name": "' + c.name + '", "parameters": ' }}{{ c.arguments | tojson }}{{ '}' }}{{ eos_token }}
+    {%- elif m.role == 'assistant' %}{% generation %}{{ m.content | trim }}{{ eos_token }}{% endgeneration %}
+    {%- else %}<|im_start|>{{ m.role }}
+{{ m.content | trim }}<|im_end|>
+    {%- endif %}
+{%- endfor %}
+{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+CALL = dict(type="function", function=dict(name="add", description="Adds <two> numbers — é", parameters=dict(
+    type="object", properties=dict(a=dict(type="number"), b=dict(type="string", enum=["x", "日"])), required=["a"])))
+
+def talks(rng):
+    "Conversations with and without instructions, functions, and what functions answered"
+    words = lambda: " ".join(rng.choice(["hi", "  two", "日本", "\n", "{{ x }}", "é", "'quoted'", "<b>"]) for _ in range(4))
+    for n in range(16):
+        talk = [dict(role="system", content=words())] * (n % 2) + [dict(role="user", content=words())]
+        calls = [dict(type="function", function=dict(name="add", arguments=dict(a=k, b=words()))) for k in range(n % 3)]
+        if n & 4 and calls: talk += [dict(role="assistant", content=None, tool_calls=calls)] + [dict(role="tool", content=words()) for _ in calls]
+        talk += [dict(role="assistant", content=words()), dict(role="user", content=words())] * (n % 4 == 3)
+        yield talk, [CALL] * (n % 3) or None
+
+@pytest.fixture(scope="module")
+def plain_tokenizer(tmp_path_factory):
+    "A folder with a byte-level tokenizer.json"
+    tokenizers = pytest.importorskip("tokenizers")
+    folder, alphabet = tmp_path_factory.mktemp("words"), sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    t = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    t.pre_tokenizer, t.decoder = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False), tokenizers.decoders.ByteLevel()
+    t.add_special_tokens(["<|im_start|>", "<|im_end|>", "<|begin|>", "<|eos|>"])
+    t.save(str(folder/"tokenizer.json"))
+    return folder
+
+TOKENS = dict(bos_token=dict(__type="AddedToken", content="<|begin|>", lstrip=False, rstrip=False, single_word=False, normalized=False, special=True), eos_token="<|eos|>", add_bos_token=True)
+FORMS = dict(
+    text=lambda folder: dict(chat_template=BLOCK), headers=lambda folder: dict(chat_template=HEADERS),
+    named=lambda folder: dict(chat_template=[dict(name="default", template=HEADERS), dict(name="tool_use", template=BLOCK), dict(name="rag", template="no")]),
+    only_default=lambda folder: dict(chat_template=[dict(name="rag", template="no"), dict(name="default", template=BLOCK)]),
+    file=lambda folder: (folder/"chat_template.jinja").write_text(HEADERS, "utf-8") and dict(chat_template="not this one"))
+
+@pytest.mark.parametrize("form", FORMS)
+def test_chat_templates(tmp_path, plain_tokenizer, form):
+    "Ids equal to transformers' apply_chat_template, wherever the template stands"
+    (tmp_path/"tokenizer.json").write_bytes((plain_tokenizer/"tokenizer.json").read_bytes())
+    config = TOKENS | FORMS[form](tmp_path) | dict(tokenizer_class="PreTrainedTokenizerFast")
+    (tmp_path/"tokenizer_config.json").write_text(json.dumps(config))
+    theirs, ours, template = transformers.AutoTokenizer.from_pretrained(tmp_path), load_tokenizer(tmp_path), read_template(tmp_path)
+    compared = 0
+    for talk, tools in talks(random.Random(form)):
+        for more in (dict(add_generation_prompt=True), dict(add_generation_prompt=False, date_string="1 May")):
+            try: want = theirs.apply_chat_template(talk, tools=tools, tokenize=False, **more)
+            except Exception as e:
+                with pytest.raises(ChatError, match=str(e)): encode_chat(ours, talk, tools, template=template, **more)
+                continue
+            got = encode_chat(ours, talk, tools, template=template, **more)
+            assert ours.decode(got) == want and got == theirs(want, add_special_tokens=False).input_ids
+            compared += 1
+    assert compared > 20
+
+@pytest.mark.parametrize("template, words", [
+    (3, "chat_template 3"), ([dict(name="default")], "chat_template"), ([["default", "x"]], "chat_template"), ([], "expected one that is named default"),
+    ([dict(name="rag", template="x")], "rag: expected one that is named default"), ("{% for %}", "chat template: "), ("{{ ''.__class__.__mro__ }}", "chat template: ")])
+def test_chat_templates_refused(tmp_path, plain_tokenizer, template, words):
+    (tmp_path/"tokenizer_config.json").write_text(json.dumps(dict(chat_template=template)))
+    with pytest.raises((ChatError, CheckpointError), match=words): encode_chat(load_tokenizer(plain_tokenizer), [dict(role="user", content="a")], template=read_template(tmp_path))
+
+def test_no_template(tmp_path):
+    assert read_template(tmp_path) is None
+    (tmp_path/"tokenizer_config.json").write_text("{")
+    with pytest.raises(CheckpointError, match="tokenizer_config.json"): read_template(tmp_path)
+
+def test_generation_config(tmp_path):
+    "The checkpoint's recommendations, or vLLM's own; what ends a reply holds either way"
+    random_judge("llama", 1, tmp_path)
+    (tmp_path/"generation_config.json").write_text(json.dumps(dict(temperature=.6, top_p=.9, top_k=20, repetition_penalty=1.1, max_new_tokens=33, do_sample=True, eos_token_id=[7, 9])))
+    seen = {}
+    for source in ("auto", "vllm"):
+        with LLM(tmp_path, device="cpu", skip_tokenizer_init=True, generation_config=source, num_blocks=16) as llm:
+            seen[source], ends = llm.defaults, llm.config.eos_token_ids
+            assert {7, 9} <= set(ends) and len(llm.generate([1, 2, 3], max_tokens=4, seed=1, ignore_eos=True)[0].outputs[0].token_ids) == 4
+    assert seen == dict(auto=SamplingParams(temperature=.6, top_p=.9, top_k=20, repetition_penalty=1.1, max_tokens=33), vllm=SamplingParams())
+    with pytest.raises(ValueError, match="generation_config='elsewhere'"): LLM(tmp_path, device="cpu", skip_tokenizer_init=True, generation_config="elsewhere")
+    (tmp_path/"generation_config.json").write_text("[]")
+    with pytest.raises(CheckpointError, match="generation_config.json"): LLM(tmp_path, device="cpu", skip_tokenizer_init=True)
+
+@pytest.mark.parametrize("rope, reach", [
+    (dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=256), 1024), (dict(rope_type="yarn", factor=2.0, original_max_position_embeddings=64), 256),
+    (dict(rope_type="yarn", factor=2.5, original_max_position_embeddings=1000), 2500), (dict(rope_type="linear", factor=4.0), 256),
+    (dict(rope_type="llama3", factor=8.0, original_max_position_embeddings=256, low_freq_factor=1.0, high_freq_factor=4.0), 256), (dict(rope_type="default"), 256)])
+def test_stretched_positions(tmp_path, rope, reach):
+    "YaRN reaches as far as it stretches, whatever max_position_embeddings says"
+    random_config("qwen2", 0, rope_parameters=rope | dict(rope_theta=1e4)).save_pretrained(tmp_path)
+    assert read_config(tmp_path).max_position == reach
+
+def test_headers_are_parsed_once(tmp_path, monkeypatch):
+    "Loading opens every shard once, however many tensors it has"
+    import simplellm.checkpoint as module
+    opened, real = [], module.safe_open
+    monkeypatch.setattr(module, "safe_open", lambda file, **kw: opened.append(file) or real(file, **kw))
+    model = random_judge("llama", 2, tmp_path)
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    (tmp_path/"model.safetensors").unlink(missing_ok=True)
+    load_model(tmp_path, device="cpu")
+    assert len(opened) == len(set(opened)) == len(list(tmp_path.glob("*.safetensors"))) > 1
