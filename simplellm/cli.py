@@ -20,6 +20,7 @@ import simplellm
 from .checkpoint import Checkpoint
 from .kvcache import bytes_per_block
 from .models import pick_dtype, read_config, tiny_path
+from .nanochat import NanoChat, is_nanochat
 from .ops import choose_ops, describe_ops
 from .plan import plan as plan_of
 from .synthetic import Synthetic, write_checkpoint
@@ -227,9 +228,9 @@ def architecture(c)->dict: # ModelConfig
     return dict(family=c.family, layers=c.num_layers, hidden=c.hidden_size, attention=heads + window,
                 experts=experts, vocabulary=c.vocab_size, context=f"{c.max_position} tokens (RoPE {c.rope.kind})")
 
-def text_rows(folder:Path)->dict:
+def text_rows(checkpoint:Checkpoint)->dict:
     "What turns text into ids"
-    try: t = load_tokenizer(folder)
+    try: t = getattr(checkpoint, "tokenizer", None) or load_tokenizer(checkpoint.path)
     except TokenizerError as e: return dict(none=f"token ids only: {e}")
     return dict(library=f"{t.runs_on}  ({t.why})", ids=f"{t.vocab_size:,}, {len(t.special)} of them special")
 
@@ -242,13 +243,13 @@ def sizes(checkpoint, c, dtype)->dict: # Checkpoint, ModelConfig, torch.dtype of
 # %% ../nbs/32_cli.ipynb #eb144493
 def describe(model=None)->dict: # folder of a checkpoint, None for the shipped model; returns title -> {name: value}
     "All that `info` shows, without loading a weight"
-    checkpoint = Checkpoint(model or tiny_path())
+    checkpoint = NanoChat(model) if model and is_nanochat(model) else Checkpoint(model or tiny_path())
     c, device = read_config(checkpoint), "cuda" if torch.cuda.is_available() else "cpu"
     dtype = pick_dtype("auto", c, torch.device(device))
     where = torch.cuda.get_device_name() if device == "cuda" else f"cpu, {torch.get_num_threads()} threads"
     ops = {name: f"{what}  ({why})" for name, what, why in describe_ops(choose_ops(device, dtype))}
     return dict(model=dict(name=model or "the shipped tiny gpt-oss") | architecture(c), sizes=sizes(checkpoint, c, dtype),
-                tokenizer=text_rows(checkpoint.path),
+                tokenizer=text_rows(checkpoint),
                 device=dict(device=where, dtype=str(dtype).removeprefix("torch."), torch=torch.__version__), ops=ops)
 
 # %% ../nbs/32_cli.ipynb #2dfd01ac
