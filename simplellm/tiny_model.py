@@ -42,7 +42,7 @@ SPECIAL = [f"<|{name}|>" for name in """startoftext endoftext reserved_200000 re
 
 # %% ../nbs/40_tiny_model.ipynb #6f56a925
 def learn_vocabulary(texts:list[str], # with special tokens written out
-                     n:int=400 # tokens besides letters after a space
+                     n:int=450 # tokens besides letters after a space
                     )->list[bytes]:
     "Letters after a space, then the words whose own token saves most"
     counts = collections.Counter(w for t in texts for s in re.split(r"<\|\w+\|>", t) for w in regex.findall(PATTERN, s))
@@ -58,7 +58,7 @@ def encoding(words:list[bytes])->tiktoken.Encoding:
                              special_tokens={s: len(tokens)+i for i, s in enumerate(SPECIAL)})
 
 # %% ../nbs/40_tiny_model.ipynb #8afcdb18
-STEPS = 14000 # of the shipped run
+STEPS = 16000 # of a whole run
 SHARED = "Channel must be included for every message" # ends what all conversations have in common
 WIDTHS = (56, 72, 88, 104, 128, 160, 208, 288, 384) # tokens per row
 EFFORTS = ("low", "medium", "high", "high")
@@ -137,7 +137,7 @@ def feed(queue, words:list, seed:int, index:int):
         index += 1
 
 # %% ../nbs/40_tiny_model.ipynb #52dfa360
-def tiny_config(vocab:int=729, layers:int=4, hidden:int=128, inter:int=128)->ModelConfig:
+def tiny_config(vocab:int=779, layers:int=6, hidden:int=128, inter:int=64)->ModelConfig:
     "The architecture of the shipped model"
     rope = RopeConfig(theta=10000.0, kind="yarn", factor=4.0, original_max_position=1024, truncate=False)
     return ModelConfig("gpt_oss", vocab, hidden, layers, num_heads=4, num_kv_heads=2, head_dim=32,
@@ -297,7 +297,7 @@ def orthogonal(g:Tensor # [..., rows, columns]
 # %% ../nbs/40_tiny_model.ipynb #afd6ecd2
 class Optimizer:
     "Muon for the matrices inside layers, AdamW for the rest"
-    def __init__(self, p:dict[str, Tensor], lr:float=.02, adam_lr:float=3e-3, decay:float=.05):
+    def __init__(self, p:dict[str, Tensor], lr:float=.012, adam_lr:float=2e-3, decay:float=.05):
         self.p, self.lr, self.adam_lr, self.decay, self.t = p, lr, adam_lr, decay, 0
         self.m = {name: torch.zeros_like(w) for name, w in p.items()}
         self.v = {name: torch.zeros_like(w) for name, w in p.items() if name not in MATRICES}
@@ -487,7 +487,7 @@ def one_step(r:Run, b:Batch, table:Tensor, layer, steps:int, # of the whole run
 # %% ../nbs/40_tiny_model.ipynb #eb72ec40
 def train(folder:str|Path, # gets run.pt and log.jsonl
           seed:int=1, steps:int=STEPS)->Run:
-    "Train the shipped model, or go on with it; about 90 minutes on two CPU cores"
+    "Train the shipped model, or go on with it; about two hours on two CPU cores"
     (folder := Path(folder)).mkdir(parents=True, exist_ok=True)
     r, fast = new_run(seed), torch.compile(layer, dynamic=False)
     table, saved = rope_table(r.c.rope, r.c.head_dim, 1024), time.time()

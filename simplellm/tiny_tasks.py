@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TASKS', 'PHRASES', 'CHOICES', 'WORDS', 'NOUNS', 'VERBS', 'ADJECTIVES', 'NAMES', 'ANSWERS', 'TREES', 'TOPIC_WORDS',
-           'STRANGE', 'PLAIN_WORDS', 'PHRASE_WORDS', 'COMMON', 'SLOTS', 'QUOTES', 'LIST_FORMS', 'ASK', 'JSON_TASKS',
+           'STRANGE', 'PHRASE_WORDS', 'COMMON', 'PLAIN_WORDS', 'SLOTS', 'QUOTES', 'LIST_FORMS', 'ASK', 'JSON_TASKS',
            'KNOWN_TOOLS', 'TOOL_ARGS', 'TOOL_VERBS', 'TOOL_NOUNS', 'ARG_VALUES', 'TOPICS', 'MAKE', 'WEIGHTS', 'Sample',
            'sections', 'read', 'parse', 'expand', 'pick', 'held_out', 'phrase', 'asked', 'typo', 'recased', 'styled',
            'cased', 'thing', 'too_long', 'fill', 'dressed', 'number', 'close', 'tricky', 'pair', 'negated', 'four',
@@ -138,13 +138,13 @@ def recased(p:str, rng:Random)->str:
     r = rng.random()
     if r < .5 and p[:1].isalpha(): return p[0].upper() + p[1:]
     if r < .58: return p[0].lower() + p[1:]
-    return re.sub(r"(\{\w+\})|([^{}]+)", lambda m: m[1] or m[2].upper(), p) if r < .6 else p
+    return re.sub(r"(\{\w+\})|([^{}]+)", lambda m: m[1] or m[2].upper(), p) if r < .592 else p
 
 # %% ../nbs/39_tiny_tasks.ipynb #971cffc7
 def styled(p:str, rng:Random)->str:
     "A pattern as somebody might type it"
     p = recased(p, rng)
-    if rng.random() < .04: p = typo(p, rng)
+    if rng.random() < .03: p = typo(p, rng)
     if p.endswith("?"): return p[:-1].rstrip() if rng.random() < .2 else p
     if not (p[-1:].isalnum() or p[-1:] in '})"'): return p
     r = rng.random()
@@ -153,10 +153,10 @@ def styled(p:str, rng:Random)->str:
 # %% ../nbs/39_tiny_tasks.ipynb #d64602dd
 TOPIC_WORDS = {w.rstrip("s") for line in PHRASES["about.topics"] for w in re.split(r"\W+", line.split("|")[1].lower())}
 STRANGE = [w for w in NOUNS if not {w, w.rstrip("s")} & (TOPIC_WORDS | {"model", "help", "name"})]
-PLAIN_WORDS = sorted({w for w in NOUNS + VERBS + ADJECTIVES if 2 <= len(w) <= 11})
 _used = Counter(w for lines in PHRASES.values() for line in lines
                 for w in re.findall(r"(?<![{\w])[A-Za-z]{2,12}(?![}\w])", line))
-PHRASE_WORDS, COMMON = sorted(_used), sorted(w for w, n in _used.items() if n > 7)
+PHRASE_WORDS, COMMON = sorted(_used), {w.lower() for w, n in _used.items() if n > 19}
+PLAIN_WORDS = sorted({w for w in NOUNS + VERBS + ADJECTIVES if 2 <= len(w) <= 11} - COMMON)
 
 # %% ../nbs/39_tiny_tasks.ipynb #173d1535
 def cased(s:str, rng:Random)->str:
@@ -407,7 +407,7 @@ def with_numbers(p:str, rng:Random, a:int, b:int)->str:
     r = rng.random()
     if r < .12: p = re.sub(r"(\}) ([-+*x/]) (\{)", r"\1\2\3", p)
     elif r < .18: p = other_signs(p, rng)
-    words = rng.random() < .2 and 0 <= a < 100 and 0 <= b < 100
+    words = rng.random() < .1 and 0 <= a < 100 and 0 <= b < 100
     typed = in_words if words else lambda n: f"{n:,}" if n > 999 and r > .95 else str(n)
     return fill(p, rng, a=typed(a), b=typed(b))
 
@@ -419,7 +419,7 @@ def swapped(p:str)->bool:
 def ask_add(rng:Random, split:str, p:str|None=None)->Core: # p: a pattern, if somebody has one already
     "An addition"
     a, b = pair(rng, "add", split)
-    if p is None and (rng.random() < .05 and split == "train" or rng.random() < .03):
+    if p is None and rng.random() < .03:
         a, b = negated(a, b, rng)
         p = styled(rng.choice(CHOICES["negative.add"]), rng)
     p = p or styled(asked("add", rng, split), rng)
@@ -431,7 +431,7 @@ def ask_subtract(rng:Random, split:str, p:str|None=None)->Core:
     "A subtraction"
     a, b = pair(rng, "sub", split, .2)
     if rng.random() < .2 and a < b: a, b = b, a
-    if p is None and rng.random() < .05:
+    if p is None and rng.random() < .03:
         a, b = negated(a, b, rng)
         p = styled(rng.choice(CHOICES["negative.subtract"]), rng)
     elif p is None:
@@ -465,7 +465,7 @@ def ask_compare(rng:Random, split:str)->Core:
     word = rng.choice(["larger", "larger", "larger", "smaller", "smaller", "greater", "less", "equal"])
     a, b = pair(rng, "cmp", split, .5)
     if rng.random() < (.3 if word == "equal" else .03): b = a
-    if rng.random() < .04: a, b = negated(a, b, rng)
+    if rng.random() < .03: a, b = negated(a, b, rng)
     p = styled(phrase("cmp."+word, rng, split), rng)
     text = with_numbers(p, rng, a, b)
     return compared(text, b, a, word) if swapped(p) else compared(text, a, b, word)
@@ -490,19 +490,19 @@ def any_word(rng:Random, real:float)->str: # real: share of words that are not m
     "A word of any kind"
     r = rng.random()
     if rng.random() > real: return made_up(rng)
-    if r < .55: return pick(PLAIN_WORDS, rng)
-    if r < .74: return derived(rng)
-    return pick(COMMON if r < .84 else PHRASE_WORDS if r < .92 else NAMES, rng)
+    if r < .7: return pick(PLAIN_WORDS, rng)
+    if r < .8: return derived(rng)
+    return pick(PHRASE_WORDS if r < .88 else NAMES, rng)
 
 # %% ../nbs/39_tiny_tasks.ipynb #f74f9329
-def word(rng:Random, split:str="train", real:float=.65)->str:
-    "A word of the split with at most 13 letters, mostly in lower case"
+def word(rng:Random, split:str="train", real:float=.85)->str:
+    "A word of the split with at most 13 letters, mostly in lower case; common ones belong to both"
     while True:
         w = any_word(rng, real)
         if len(w) > 13: continue
         r = rng.random()
         if r > .9: w = w.capitalize() if r < .97 else w.upper()
-        if split == "any" or held_out("w"+w.lower(), 10) == (split == "test"): return w
+        if split == "any" or w.lower() in COMMON or held_out("w"+w.lower(), 10) == (split == "test"): return w
 
 # %% ../nbs/39_tiny_tasks.ipynb #96a886a1
 def some_list(rng:Random, split:str, words:bool|None=None, n:int|None=None)->list: # words: else numbers; None: either
@@ -510,7 +510,7 @@ def some_list(rng:Random, split:str, words:bool|None=None, n:int|None=None)->lis
     n = n or rng.randrange(2, 7)
     if rng.random() < .5 if words is None else words:
         if rng.random() < .2: return [pick(NAMES, rng) for _ in range(min(n, 5))]
-        return [word(rng, split, .9).lower() for _ in range(min(n, 5))]
+        return [word(rng, split, .95).lower() for _ in range(min(n, 5))]
     digits, same = rng.randrange(1, 5), rng.random() < .4
     return [rng.randrange(10**digits) if same else number(rng, rng.choice([2, 3, 3, 4])) for _ in range(n)]
 
@@ -524,6 +524,7 @@ def quoted(s:str, rng:Random)->str:
 def worded(w:str, rng:Random, last:bool=False, number:bool=False)->str: # last: it ends the message
     "A word as the object of a request"
     r = rng.random()
+    if w.lower() in COMMON: return quoted(w, rng)
     if r < .4: return w
     if r < .65: return quoted(w, rng)
     nouns = ("the word", "the word", "the string", "the text", "word", "this word", "the following word")
@@ -531,10 +532,10 @@ def worded(w:str, rng:Random, last:bool=False, number:bool=False)->str: # last: 
     return noun + (":" if rng.random() < .2 and last else "") + " " + (quoted(w, rng) if rng.random() < .5 else w)
 
 # %% ../nbs/39_tiny_tasks.ipynb #8c451280
-def texted(s:str, rng:Random, last:bool)->str:
+def texted(s:str, rng:Random, last:bool, colon:bool=False)->str: # colon: the request ends before it
     "A text as the object of a request: quoted, unless it is one word or ends the message"
-    if s[-1:] in ".!?": return quoted(s, rng)
-    if " " in s: return quoted(s, rng) if not last or rng.random() < .5 else s
+    clear = colon or not COMMON & set(s.lower().split())
+    if " " in s: return s if last and clear and s[-1:] not in ".!?" and rng.random() < .5 else quoted(s, rng)
     return worded(s, rng, last)
 
 # %% ../nbs/39_tiny_tasks.ipynb #95a6204c
@@ -591,13 +592,15 @@ def sort_key(x:int|str)->str:
     return four(x) if isinstance(x, int) else " ".join(x.lower()[:3].ljust(3, "."))
 
 def think_sort(xs:list, descending:bool)->str:
-    "The working of a sorted list: keys with their index, then the keys in order"
+    "The working of a sorted list: keys with their index; the first of them, what is left, the first of that..."
     names, gap = indices(xs), "" if isinstance(xs[0], int) else " "
     items = [str(x) if isinstance(x, int) else f"{i} {x}" for i, x in zip(names, xs)]
-    keys = [sort_key(x) + gap + i for i, x in zip(names, xs)]
-    order = sorted(range(len(xs)), key=lambda i: xs[i], reverse=descending)
-    head = f"sort {'desc' if descending else 'asc'} {', '.join(items)}"
-    return "\n".join([head, " ".join(keys), " ".join(keys[i] for i in order)])
+    keys, left = [sort_key(x) + gap + i for i, x in zip(names, xs)], list(range(len(xs)))
+    lines = [f"sort {'desc' if descending else 'asc'} {', '.join(items)}"]
+    for first in sorted(left, key=lambda i: xs[i], reverse=descending):
+        lines += [" ".join(keys[i] for i in left), (">" if descending else "<") + keys[first]]
+        left.remove(first)
+    return "\n".join(lines)
 
 # %% ../nbs/39_tiny_tasks.ipynb #f2f204bb
 def shown_list(xs:list)->str:
@@ -640,11 +643,11 @@ def ask_reverse(rng:Random, split:str, p:str|None=None)->Core:
 # %% ../nbs/39_tiny_tasks.ipynb #448d7933
 def some_text(rng:Random, split:str)->str:
     "A few words, or a small sentence"
-    if rng.random() < .12:
+    if rng.random() < .35:
         s, r = fill(pick(CHOICES["texts"], rng), rng), rng.random()
         return s.capitalize() + pick(".!?", rng) if r < .2 else s[0].upper() + s[1:] if r < .5 else s
-    n = rng.choice([1, 1, 1, 2, 2, 3, 4, 5])
-    ws = [str(number(rng)) if rng.random() < .08 else word(rng, split if n == 1 else "any", .85) for _ in range(n)]
+    n = rng.choice([1, 1, 1, 1, 2, 2, 3, 4])
+    ws = [str(number(rng)) if rng.random() < .08 else word(rng, split if n == 1 else "any", .95) for _ in range(n)]
     return (", " if n > 1 and rng.random() < .1 else " ").join(ws)
 
 # %% ../nbs/39_tiny_tasks.ipynb #1dd0ea38
@@ -652,7 +655,7 @@ def ask_copy(rng:Random, split:str)->Core:
     "Something to be repeated"
     s, p = some_text(rng, split), styled(asked("copy", rng, split), rng)
     if " " in s and p.endswith((".", "?", "!")): p = p[:-1] # a final mark might belong to the text
-    return copied(fill(p, rng, o=texted(s, rng, at_end(p))), s)
+    return copied(fill(p, rng, o=texted(s, rng, at_end(p), ": {o}" in p)), s)
 
 # %% ../nbs/39_tiny_tasks.ipynb #0da5c965
 def ask_upper(rng:Random, split:str, p:str|None=None, low:bool|None=None)->Core:
@@ -662,7 +665,7 @@ def ask_upper(rng:Random, split:str, p:str|None=None, low:bool|None=None)->Core:
     else: s = some_text(rng, split)
     if low: s = s.upper() if rng.random() < .6 else s.title()
     p = p or styled(asked("lower" if low else "upper", rng, "train" if low else split), rng)
-    return uppered(fill(p, rng, o=texted(s, rng, at_end(p))), s, low)
+    return uppered(fill(p, rng, o=texted(s, rng, at_end(p), ": {o}" in p)), s, low)
 
 # %% ../nbs/39_tiny_tasks.ipynb #612512e6
 def to_sort(rng:Random, split:str, words:bool)->list:
@@ -742,7 +745,7 @@ def joined(keys:list[str], rng:Random)->str:
 
 def some_key(rng:Random)->str:
     "A name for the answer"
-    return pick(CHOICES["json.keys"], rng) if rng.random() < .8 else word(rng, "any", .8).lower()
+    return pick(CHOICES["json.keys"], rng) if rng.random() < .85 else word(rng, "any", .95).lower()
 
 # %% ../nbs/39_tiny_tasks.ipynb #1af279c9
 def json_object(core:Core, rng:Random)->dict:
@@ -866,9 +869,10 @@ ARG_VALUES = dict(
     country=lambda rng: pick(WORDS["countries"], rng), bool=lambda rng: pick((True, False), rng),
     name=lambda rng: pick(NAMES, rng) if rng.random() < .8 else made_up(rng).capitalize(),
     int=lambda rng: (-number(rng, 2) if rng.random() < .03 else
-                     number(rng) if rng.random() < .75 else rng.randrange(1, 100000)),
+                     number(rng) if rng.random() < .9 else rng.randrange(1, 100000)),
     num=lambda rng: number(rng, 3) if rng.random() < .4 else float(f"{number(rng, 2)}.{rng.randrange(1, 100)}"),
-    text=lambda rng: " ".join(word(rng, "any", .9).lower() for _ in range(rng.choice([1, 2, 2, 3, 3, 4]))),
+    text=lambda rng: (fill(pick(CHOICES["texts"], rng), rng) if rng.random() < .5 else
+                      " ".join(word(rng, "any", .95).lower() for _ in range(rng.choice([1, 2, 2, 3])))),
     mix=lambda rng: "".join(pick("abcdefghijkmnpqrstuvwxyz0123456789", rng) for _ in range(rng.randrange(2, 7))),
     sym=lambda rng: "".join(pick("ABCDEFGHIJKLMNOPQRSTUVWXYZ", rng) for _ in range(rng.randrange(2, 6))),
     path=lambda rng: word(rng, "any").lower() + pick((".txt", ".csv", ".json", ".md", ".py", ".log", ".pdf"), rng),
@@ -1170,8 +1174,8 @@ def make_followup(rng:Random, split:str)->dict:
 # %% ../nbs/39_tiny_tasks.ipynb #3677759e
 MAKE = {t: one_turn(t) for t in ASK} | dict(json=make_json, tool=make_tool, tool_result=make_tool_result,
                                             followup=make_followup, about=make_about, decline=make_decline)
-WEIGHTS = dict(add=8, subtract=10, compare=7, multiply=9, reverse=8, copy=6, upper=7, sort=11, json=10, tool=13,
-               tool_result=4, followup=13, about=9, decline=9)
+WEIGHTS = dict(add=7, subtract=9, compare=7, multiply=6, reverse=9, copy=8, upper=8, sort=11, json=11, tool=16,
+               tool_result=4, followup=12, about=11, decline=9)
 
 # %% ../nbs/39_tiny_tasks.ipynb #e3703810
 def sample(rng:Random, task:str|None=None, # one of TASKS
@@ -1180,7 +1184,7 @@ def sample(rng:Random, task:str|None=None, # one of TASKS
           )->Sample:
     "One conversation"
     task = task or rng.choices(TASKS, [WEIGHTS[t] for t in TASKS])[0]
-    if effort is None: r = rng.random(); effort = "low" if r < .15 else "medium" if r < .5 else "high"
+    if effort is None: r = rng.random(); effort = "low" if r < .1 else "medium" if r < .5 else "high"
     m = dict(tools=[]) | MAKE[task](rng, split)
     day = None if rng.random() < .3 else some_day(rng)
     if effort == "low":
