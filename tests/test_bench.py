@@ -188,9 +188,9 @@ def test_stage_runs_what_it_names(model, monkeypatch):
     def noted(*args, **options): seen["decode" if args[6] == 1 else "prefill"] += 1; return plain(*args, **options)
     monkeypatch.setattr(b, "triton_ops", lambda: vars(b.Ops()) | dict(attention=noted))
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    work = make_workload(find_shape("uniform", sessions=1, first=4, output=3), 729)
+    work, n = make_workload(find_shape("uniform", sessions=1, first=4, output=3), 729), model.config.num_layers
     try:
-        for text, expected in (("decode=triton", {"decode": 8}), ("prefill=triton", {"prefill": 4}), ("triton", {"prefill": 4, "decode": 8})):
+        for text, expected in (("decode=triton", {"decode": 2*n}), ("prefill=triton", {"prefill": n}), ("triton", {"prefill": n, "decode": 2*n})):
             seen.clear()
             serve(Engine(fit_model(model, None, text)), work, [0.0], greedy)
             assert seen == expected, text
@@ -240,7 +240,7 @@ def test_command_line(tmp_path, capsys):
     out = run(f"synthetic:{tiny_path()}?layers=1", *small, "--engine", "max_num_seqs=4", "--json", file, "--kernels")
     assert "output_tok_per_s" in out and "no GPU" in out and "aten::" in out
     line, = read_lines([file])
-    assert line["settings"]["engine"]["max_num_seqs"] == 4 and len(line["requests"]) == 2 and line["command"].startswith("simplellm ")
+    assert line["settings"]["engine"]["max_num_seqs"] == 4 and len(line["requests"]) == 2 and line["command"].startswith("simplellm")
     (tmp_path/"b.jsonl").write_text(file.read_text())
     assert "1.00x" in run("--compare", file, tmp_path/"b.jsonl", "--plot", tmp_path/"a.png") and (tmp_path/"a.png").exists()
     with pytest.raises(ValueError, match="--compare"): run("one", "two")

@@ -223,12 +223,14 @@ def test_the_library_takes_over(make, why, tmp_path, monkeypatch):
     with pytest.raises(TokenizerError, match=rf"tokenizer.json.*{why}.*pip install tokenizers"): load_tokenizer(tmp_path)
 
 def test_info_says_which_library_runs(tmp_path):
+    from types import SimpleNamespace
     from simplellm.cli import text_rows
+    folder = SimpleNamespace(path=tmp_path)
     for make, runs in [(swallowing, "tokenizers  (added token"), (FAMILIES["mixtral"], "tiktoken  (")]:
         (tmp_path/"tokenizer.json").write_text(json.dumps(make()))
-        assert text_rows(tmp_path)["library"].startswith(runs)
+        assert text_rows(folder)["library"].startswith(runs)
     (tmp_path/"tokenizer.json").unlink()
-    assert "expected a tokenizer.json" in text_rows(tmp_path)["none"]
+    assert "expected a tokenizer.json" in text_rows(folder)["none"]
 
 def test_merges_never_spell_a_special_token():
     "The library would; here the letters stay letters"
