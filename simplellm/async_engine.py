@@ -243,13 +243,13 @@ def list_params(given, # SamplingParams, a list of them, or None
     return [replace(p or default, **changes) if changes else p or default for p in listed]
 
 # %% ../nbs/28_async_engine.ipynb #9e5931c3
-def default_params(folder:Path, # of the checkpoint
+def default_params(folder:Path|None, # of the checkpoint; None = there is none
                    source:str="auto" # auto = what its generation_config.json recommends; vllm = vLLM's own, whatever it says
                   )->SamplingParams:
     "What holds for parameters that nobody gives, as in vLLM"
     check(source in ("auto", "vllm"), "generation_config", source, "'auto' or 'vllm'")
-    file = folder/"generation_config.json"
-    given = read_json(file) if source == "auto" and file.exists() else {}
+    file = folder and folder/"generation_config.json"
+    given = read_json(file) if source == "auto" and file and file.exists() else {}
     known = {k: given[k] for k in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty") if given.get(k) is not None}
     if given.get("max_new_tokens") is not None: known["max_tokens"] = given["max_new_tokens"]
     return SamplingParams(**known | (dict(temperature=0.0) if given.get("do_sample") is False else {}))
@@ -354,7 +354,7 @@ class LLM(Asking):
         self.model = load(source) if folder else model
         self.tokenizer = None if skip_tokenizer_init else find_tokenizer(tokenizer or source)
         self.template = find_template(self.tokenizer, source)
-        self.defaults = default_params(folder or Path(), generation_config if folder else "vllm")
+        self.defaults = default_params(folder, generation_config)
         self.config, self.ops = self.model.config, self.model.ops
         self.engine = Engine(self.model, self.engine_config, self.tokenizer)
         self.worker = Worker(self.engine)

@@ -23,7 +23,7 @@ from .checkpoint import Checkpoint
 from .config import EngineConfig, check
 from .engine import Engine, make_job
 from .models import load_model, load_weights, tiny_path
-from .nanochat import NanoChat, is_nanochat
+from .nanochat import open_folder
 from .ops import Ops, choose_ops, describe_ops, triton_ops
 from .plan import distinct_experts, step_bytes
 from .sampling import SamplingParams
@@ -158,7 +158,7 @@ def pick_ops(text:str, device:str, dtype)->Ops: # as in `stage_kinds`; of the ac
 def source_of(name, device:str)->Checkpoint: # as for `LLM`
     "A checkpoint, read or computed"
     if is_synthetic(name): return open_synthetic(name, device)
-    return NanoChat(Path(name)) if name and is_nanochat(Path(name)) else Checkpoint(name or tiny_path())
+    return open_folder(name or tiny_path())
 
 def fit_model(model:Transformer, name, text:str)->Transformer: # from the case before; where it came from; as in `stage_kinds`
     "The same model with the operations that a case wants"

@@ -20,7 +20,7 @@ import simplellm
 from .checkpoint import Checkpoint
 from .kvcache import bytes_per_block
 from .models import pick_dtype, read_config, tiny_path
-from .nanochat import NanoChat, is_nanochat
+from .nanochat import open_folder
 from .ops import choose_ops, describe_ops
 from .plan import plan as plan_of
 from .synthetic import Synthetic, write_checkpoint
@@ -243,7 +243,7 @@ def sizes(checkpoint, c, dtype)->dict: # Checkpoint, ModelConfig, torch.dtype of
 # %% ../nbs/32_cli.ipynb #eb144493
 def describe(model=None)->dict: # folder of a checkpoint, None for the shipped model; returns title -> {name: value}
     "All that `info` shows, without loading a weight"
-    checkpoint = NanoChat(model) if model and is_nanochat(model) else Checkpoint(model or tiny_path())
+    checkpoint = open_folder(model or tiny_path())
     c, device = read_config(checkpoint), "cuda" if torch.cuda.is_available() else "cpu"
     dtype = pick_dtype("auto", c, torch.device(device))
     where = torch.cuda.get_device_name() if device == "cuda" else f"cpu, {torch.get_num_threads()} threads"

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SIZES', 'NAMES', 'LATER', 'CHAT', 'steps', 'is_nanochat', 'check_meta', 'config_json', 'read_tensors', 'their_name',
-           'pick', 'check_rest', 'Parts', 'EncodingUnpickler', 'is_encoding', 'read_pickle', 'NanoChat']
+           'pick', 'check_rest', 'Parts', 'EncodingUnpickler', 'is_encoding', 'read_pickle', 'NanoChat', 'open_folder']
 
 # %% ../nbs/22_nanochat.ipynb #27aad4d9
 import pickle, re
@@ -187,3 +187,7 @@ class NanoChat(Checkpoint):
     def get(self, name:str)->Tensor:
         self.entry(name) # refuses unknown names
         return self.tensors[name]
+
+def open_folder(folder)->Checkpoint:
+    "A checkpoint in nanochat's layout or in Hugging Face's"
+    return NanoChat(folder) if is_nanochat(folder) else Checkpoint(folder)

@@ -32,12 +32,13 @@ def example(rows, heads, kv_heads, D, block_size, dtype=torch.float32):
     ([(1, 2), (4, 520)], 2, 2, 16, 16, None, torch.float16), ([(3, 30)], 2, 1, 128, 512, 1, torch.float32)])
 def test_as_the_reference(rows, heads, kv_heads, D, block_size, window, dtype):
     from simplellm.attention import paged_attention as reference
-    from simplellm.kernels.attention import arrivals, paged_attention
+    from simplellm.kernels.attention import paged_attention
+    from simplellm.kernels.linear import counters
     args, clean, sinks = example(rows, heads, kv_heads, D, block_size, dtype)
     got = paged_attention(*args, window=window, sinks=sinks, return_lse=True)
     want = reference(args[0], *clean, *args[3:], window=window, sinks=sinks, return_lse=True)
     for a, b in zip(got, want): torch.testing.assert_close(a, b, atol=STEP[dtype], rtol=STEP[dtype])
-    assert not arrivals(args[0].device, 4096).any()
+    assert not counters(args[0].device, 4096).any()
 
 def test_larger_limits_and_padding_rows_change_nothing():
     from simplellm.kernels.attention import paged_attention
