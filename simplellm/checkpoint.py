@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DTYPES', 'MAX_HEADER', 'SINGLE', 'INDEX', 'CheckpointError', 'require', 'unique', 'parse_json', 'read_json',
-           'split_file', 'Entry', 'counts', 'check_entry', 'read_entry', 'check_layout', 'read_header', 'read_index',
-           'read_shard', 'read_shards', 'Checkpoint', 'check_finite', 'check_scales']
+           'split_file', 'Entry', 'counts', 'read_entry', 'check_layout', 'read_header', 'read_index', 'read_shards',
+           'Checkpoint', 'check_finite', 'check_scales']
 
 # %% ../nbs/01_checkpoint.ipynb #25308f76
 import json, math, os
@@ -54,10 +54,8 @@ def parse_json(data:bytes, # supposedly JSON
 def read_json(path # of a JSON file
              )->dict: # or a CheckpointError
     "The object in a JSON file"
-    try: data = Path(path).read_bytes()
-    except OSError as e: data = e
-    require(isinstance(data, bytes), path, f"expected a JSON file, but: {getattr(data, 'strerror', '')}")
-    return parse_json(data, path)
+    try: return parse_json(Path(path).read_bytes(), path)
+    except OSError as e: raise CheckpointError(f"{Path(path).name}: expected a JSON file, but: {e.strerror}") from None
 
 # %% ../nbs/01_checkpoint.ipynb #23c5214f
 MAX_HEADER = 100_000_000 # bytes of JSON that safetensors accepts
@@ -91,30 +89,20 @@ def counts(x, # from JSON
     return isinstance(x, list) and n in (None, len(x)) and all(type(i) is int and i >= 0 for i in x)
 
 # %% ../nbs/01_checkpoint.ipynb #d6343418
-def check_entry(path, # of the file
-                name:str, # of the tensor
-                d # its line of the header, as JSON gave it
-               )->None: # raises CheckpointError
-    "Refuse a line that does not describe a tensor"
-    whole = isinstance(d, dict) and set(d) == {"dtype", "shape", "data_offsets"}
-    require(whole, path, "expected dtype, shape and data_offsets", name)
-    known = isinstance(d["dtype"], str) and d["dtype"] in DTYPES
-    require(known, path, f"dtype {d['dtype']!r}, expected one of {', '.join(DTYPES)}", name)
-    require(counts(d["shape"]), path, f"shape {d['shape']!r}, expected integers >= 0", name)
-    require(counts(d["data_offsets"], 2), path, f"data_offsets {d['data_offsets']!r}, expected two integers >= 0", name)
-
-# %% ../nbs/01_checkpoint.ipynb #b74a4235
 def read_entry(path, # of the file
                name:str, # of the tensor
                d # its line of the header, as JSON gave it
               )->Entry: # or a CheckpointError
     "One line of the header, checked on its own"
-    check_entry(path, name, d)
-    (start, stop), dtype = d["data_offsets"], DTYPES[d["dtype"]]
-    expected = math.prod(d["shape"])*dtype.itemsize
-    require(stop - start == expected, path, f"data_offsets span {stop-start} bytes, expected {expected} "
-            f"for shape {d['shape']} of {d['dtype']}", name)
-    return Entry(Path(path), dtype, tuple(d["shape"]), start, stop)
+    whole = isinstance(d, dict) and set(d) == {"dtype", "shape", "data_offsets"}
+    require(whole, path, "expected dtype, shape and data_offsets", name)
+    dtype, shape, offsets = DTYPES.get(str(d["dtype"])), d["shape"], d["data_offsets"]
+    require(dtype, path, f"dtype {d['dtype']!r}, expected one of {', '.join(DTYPES)}", name)
+    require(counts(shape), path, f"shape {shape!r}, expected integers >= 0", name)
+    require(counts(offsets, 2), path, f"data_offsets {offsets!r}, expected two integers >= 0", name)
+    expected, found = math.prod(shape)*dtype.itemsize, offsets[1] - offsets[0]
+    require(found == expected, path, f"data_offsets span {found} bytes, expected {expected} for shape {shape} of {d['dtype']}", name)
+    return Entry(Path(path), dtype, tuple(shape), *offsets)
 
 # %% ../nbs/01_checkpoint.ipynb #fe906f3f
 def check_layout(path, # of the file
@@ -135,10 +123,10 @@ def check_layout(path, # of the file
 def read_header(path # of a safetensors file
                )->dict[str, Entry]: # in the order of the file; or a CheckpointError
     "What a safetensors file claims to hold, every claim checked"
-    path = Path(path)
-    require(path.is_file(), path, f"expected in folder {path.parent}, but there is no such file")
-    header, size = split_file(path)
-    header.pop("__metadata__", None)
+    try: header, size = split_file(path)
+    except OSError as e: raise CheckpointError(f"{Path(path).name}: expected a safetensors file, but: {e.strerror}") from None
+    notes = header.pop("__metadata__", {})
+    require(isinstance(notes, dict) and all(isinstance(v, str) for v in notes.values()), path, "__metadata__: expected an object of texts")
     entries = {k: read_entry(path, k, v) for k, v in header.items()}
     check_layout(path, entries, size)
     return dict(sorted(entries.items(), key=lambda item: item[1].start))
@@ -150,38 +138,25 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 def read_index(folder:Path # of the checkpoint
               )->dict[str, str]: # tensor name -> file name; or a CheckpointError
     "Where the index claims each tensor is"
-    path = folder/INDEX
+    path, present = folder/INDEX, os.listdir(folder)
     index = read_json(path).get("weight_map")
     require(isinstance(index, dict) and index, path, f"weight_map is {index!r:.40}, expected tensor names and files")
-    for name, file in index.items():
-        plain = isinstance(file, str) and file == Path(file).name and file not in ("", ".", "..")
-        require(plain, path, f"file {file!r}, expected a file name in this folder", name)
+    for name, file in index.items(): require(file in present, path, f"file {file!r}, expected the name of a file in this folder", name)
     return index
 
 # %% ../nbs/01_checkpoint.ipynb #7f3ea16f
-def read_shard(path:Path, # of one shard
-               index:dict[str, str], # tensor name -> file name
-               found:dict[str, Entry] # tensors of the shards before
-              )->dict[str, Entry]: # or a CheckpointError
-    "The tensors of one shard, which must be those the index expects there"
-    entries = read_header(path)
-    for name in entries:
-        if name in found: require(False, path, f"also in {found[name].file.name}, expected in one shard only", name)
-        expected = index.get(name, "no shard")
-        require(expected == path.name, path, f"surplus: {INDEX} expects it in {expected}", name)
-    for name, file in index.items():
-        require(file != path.name or name in entries, path, f"missing: {INDEX} expects it here", name)
-    return entries
-
-# %% ../nbs/01_checkpoint.ipynb #28cb8759
 def read_shards(folder:Path # of the checkpoint
                )->dict[str, Entry]: # or a CheckpointError
     "The tensors of all shards, which must be exactly those of the index"
     index, found = read_index(folder), {}
     for file in dict.fromkeys(index.values()):
-        name = next(k for k, v in index.items() if v == file)
-        require((folder/file).is_file(), folder/INDEX, f"expected the shard {file}, but there is no such file", name)
-        found |= read_shard(folder/file, index, found)
+        path, entries = folder/file, read_header(folder/file)
+        for name in entries:
+            home = index.get(name, "no shard")
+            require(name not in found, path, f"also in {home}, expected in one shard only", name)
+            require(home == file, path, f"surplus: {INDEX} expects it in {home}", name)
+        for name in index: require(index[name] != file or name in entries, path, f"missing: {INDEX} expects it here", name)
+        found |= entries
     return found
 
 # %% ../nbs/01_checkpoint.ipynb #f54dde04
@@ -194,7 +169,8 @@ class Checkpoint:
         self.path = Path(path)
         require(self.path.is_dir(), self.path, f"expected a folder that holds a checkpoint at {path}")
         single = (self.path/SINGLE).is_file()
-        require(single or (self.path/INDEX).is_file(), self.path, f"expected {SINGLE} or {INDEX} in {path}")
+        hint = ": model_*.pt is nanochat's layout, which nanochat.open_folder(path) opens"*any(self.path.glob("model_*.pt"))
+        require(single or (self.path/INDEX).is_file(), self.path, f"expected {SINGLE} or {INDEX} in {path}{hint}")
         self.listing = self.path/(SINGLE if single else INDEX) # the file that says which tensors there are
         self.entries = read_header(self.listing) if single else read_shards(self.path)
         self.opened = {} # file -> its reader, which would parse the header again for every tensor
