@@ -81,6 +81,9 @@ class Entry(NamedTuple):
     start:int # first byte, from the beginning of the data
     stop:int # one past its last byte
 
+    @property
+    def nbytes(self)->int: return self.stop - self.start
+
 # %% ../nbs/01_checkpoint.ipynb #b359d495
 def counts(x, # from JSON
            n:int|None=None # expected length; None = any

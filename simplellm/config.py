@@ -91,7 +91,8 @@ def check_shape(c # a ModelConfig
     check_rules(c, max_position=(c.max_position <= LONGEST, f"at most {LONGEST}"),
                 num_kv_heads=(c.num_heads % c.num_kv_heads == 0, f"a divisor of num_heads={c.num_heads}"),
                 head_dim=(c.head_dim > 0 and c.head_dim % 2 == 0, "an even number"),
-                windows=(len(c.windows) == c.num_layers, f"one entry for each of {c.num_layers} layers"),
+                windows=(len(c.windows) == c.num_layers and max(w or 1 for w in c.windows) <= LONGEST,
+                         f"one entry for each of {c.num_layers} layers, at most {LONGEST}"),
                 num_experts=(E <= 4096, "at most 4096"), top_k=(least <= c.top_k <= E, f"{least} to num_experts={E}"),
                 mlp_layers=(all(i < c.num_layers for i in c.mlp_layers), f"layers below num_layers={c.num_layers}"))
 
