@@ -18,6 +18,7 @@ from tqdm import tqdm
 from .checkpoint import DTYPES, INDEX, Checkpoint, Entry, read_json, require
 from .config import check
 from .models import Row, read_config, tensor_table, token_ids
+from .nanochat import config_json, is_nanochat, last_model, meta_of
 
 # %% ../nbs/22_synthetic.ipynb #dbeff53a
 def gpt_oss_json(layers:int, # in the model
@@ -41,11 +42,12 @@ CONFIGS = {"gpt-oss-120b": gpt_oss_json(36, 128), "gpt-oss-20b": gpt_oss_json(24
 GENERATION = dict(bos_token_id=199998, do_sample=True, eos_token_id=[200002, 199999, 200012], pad_token_id=199999)
 
 # %% ../nbs/22_synthetic.ipynb #f1d9e34e
-def config_files(model # a key of `CONFIGS`, a folder, a config.json, or its object
+def config_files(model # a key of `CONFIGS`, a folder in either layout, a config.json, or its object
                 )->tuple[dict, dict]: # config.json, generation_config.json
     "Both configurations of a model; the second may be empty"
     if isinstance(model, dict): return model, {}
     if model in CONFIGS: return CONFIGS[model], GENERATION
+    if is_nanochat(model): return config_json(meta_of(last_model(model))), {}
     file = Path(model)/"config.json" if Path(model).is_dir() else Path(model)
     require(file.is_file(), file, f"expected {', '.join(CONFIGS)}, a folder with config.json, or a config.json")
     more = file.with_name("generation_config.json")
@@ -206,8 +208,7 @@ def shard_header(entries:dict[str, Entry] # of one file
 # %% ../nbs/22_synthetic.ipynb #82112789
 def write_shard(source:Synthetic, # on the CPU
                 path:Path, # of the shard
-                bar, # tqdm of bytes
-                size:int=2**18 # elements at a time
+                bar # tqdm of bytes
                )->None:
     "Write one file of a checkpoint"
     entries = {k: e for k, e in source.entries.items() if e.file.name == path.name}
@@ -215,25 +216,24 @@ def write_shard(source:Synthetic, # on the CPU
         f.write(shard_header(entries))
         for name, e in entries.items():
             n = math.prod(e.shape)
-            for start in range(0, n, size):
-                x = piece(source.rows[name], source.seed, start, min(start + size, n), source.dense)
+            for start in range(0, n, 2**18):
+                x = piece(source.rows[name], source.seed, start, min(start + 2**18, n), source.dense)
                 bar.update(f.write(x.view(torch.uint8).numpy()))
 
 # %% ../nbs/22_synthetic.ipynb #0cc5702f
 def write_checkpoint(source:Synthetic,
                      folder, # new, or without safetensors files
-                     progress:bool|None=None, # show a bar? None = on a terminal
-                     threads:int|None=None # None = up to eight
+                     progress:bool|None=None # show a bar? None = on a terminal
                     )->Path: # the folder
     "Write a synthetic checkpoint as Hugging Face would"
-    folder, size = Path(folder), sum(e.stop - e.start for e in source.entries.values())
+    folder, size = Path(folder), sum(e.nbytes for e in source.entries.values())
     folder.mkdir(parents=True, exist_ok=True)
     check(not any(folder.glob("*.safetensors*")), "folder", str(folder), "a folder without safetensors files")
     free = shutil.disk_usage(folder).free
     check(size < free, "folder", str(folder), f"room for {size / 1e9:.1f} GB, there are {free / 1e9:.1f}")
     files = list(dict.fromkeys(folder/e.file for e in source.entries.values()))
     with tqdm(total=size, unit="B", unit_scale=True, desc="Writing", disable=progress if progress is None else not progress) as bar, \
-         ThreadPoolExecutor(threads or min(8, os.cpu_count())) as pool:
+         ThreadPoolExecutor(min(8, os.cpu_count())) as pool:
         list(pool.map(lambda path: write_shard(source, path, bar), files))
     index = dict(metadata=dict(total_size=size), weight_map={k: e.file.name for k, e in source.entries.items()})
     for name, d in {"config.json": source.config, "generation_config.json": source.generation, INDEX: index}.items():
