@@ -37,8 +37,8 @@ def padding_batch(rows:int, # of the largest graph
 
 def padding_wishes(rows:int, device)->SamplingBatch:
     "Rows that want the likeliest token, in tensors that have room for every other wish"
-    knobs = torch.tensor([[0.], [1.], [0.]], device=device).repeat(1, rows)
-    return SamplingBatch(False, True, knobs, *torch.zeros(3, rows, dtype=torch.int64, device=device), sorts=True, min_p=True)
+    knobs, ints = torch.tensor([[0., 1., 0.]]).repeat(rows, 1).to(device).T, torch.zeros(rows, 3, dtype=torch.int64, device=device).T
+    return SamplingBatch(False, True, knobs, *ints, sorts=True, min_p=True)
 
 # %% ../nbs/26_cudagraph.ipynb #1e635dd7
 ROWS = "token_ids", "positions", "slot_mapping", "seq_lens", "block_tables", "logits_rows"
@@ -69,7 +69,7 @@ def move_on(b:Batch, ids:Tensor # [n] just sampled
 def upload(x:Tensor, # on the CPU
            device)->Tensor: # a copy that nobody waits for
     "Send a tensor to where the graphs are"
-    return (x.pin_memory() if torch.device(device).type == "cuda" else x).to(device, non_blocking=True)
+    return (x.contiguous().pin_memory() if torch.device(device).type == "cuda" else x).to(device, non_blocking=True)
 
 def fill_wishes(mine:SamplingBatch, # from `padding_wishes`
                 theirs:SamplingBatch|None, # on the CPU; None = nobody will look at the tokens
@@ -128,7 +128,7 @@ class Graphs:
         self.compute(n)
         torch.cuda.synchronize()
         self.recorded[n] = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.recorded[n], pool=self.pool): self.compute(n)
+        with torch.cuda.graph(self.recorded[n], pool=self.pool, capture_error_mode="thread_local"): self.compute(n)
 
     @torch.inference_mode()
     def fill(self, b:Batch, # a decode batch, on the CPU

@@ -33,6 +33,7 @@ class Transformer:
         self.device, self.dtype = self.table.device, self.table.dtype
         self.ops = ops or choose_ops(self.device, self.dtype)
         self.sum = all_reduce or partial(parallel.all_reduce, size=shard.size)
+        self.share = shard.rank * len(self.table), self.sum if len(self.table) < config.vocab_size else None # its first word, and how ranks add up
         kinds = [(AttentionWeights, MoeWeights if config.has_experts(i) else MlpWeights) for i in range(config.num_layers)]
         self.layers = [tuple(take(cls, weights, f"layers.{i}.") for cls in pair) for i, pair in enumerate(kinds)]
         self.final_norm, self.lm_head = weights["final_norm"], weights["embed" if config.tie_embeddings else "lm_head"]
@@ -46,9 +47,13 @@ class Transformer:
                  kv:KVCache # written and read
                 )->Tensor: # [N, vocab_size] float32
         "Scores of the next token after each of `batch.logits_rows`"
-        norm, eps, first = self.ops.rms_norm, self.config.rms_eps, self.shard.rank * len(self.table)
-        split = self.sum if len(self.table) < self.config.vocab_size else None
-        x = embed(batch.token_ids, self.table, first, split)
+        return self.words(self.states(batch, kv))
+
+    @torch.inference_mode()
+    def states(self, batch:Batch, kv:KVCache)->Tensor: # [N, H]
+        "What the layers make of the tokens of `batch.logits_rows`"
+        norm, eps = self.ops.rms_norm, self.config.rms_eps
+        x = embed(batch.token_ids, self.table, *self.share)
         if self.config.embed_norm: x = norm(x, None, eps)
         residual = torch.zeros_like(x)
         for i, (a, m) in enumerate(self.layers):
@@ -57,8 +62,12 @@ class Transformer:
             x = attention_layer(x, a, batch, *kv.layer(i), self.rope, window, self.ops, eps, self.sum)
             x, residual = norm(x, m.mlp_norm, eps, residual)
             x = self.think(x, m, batch.active)
-        x = norm((x + residual)[batch.logits_rows], self.final_norm, eps)
-        logits, cap = score_words(x, self.lm_head, self.ops, self.config.vocab_size, first, split), self.config.logit_softcap
+        return norm((x + residual)[batch.logits_rows], self.final_norm, eps)
+
+    @torch.inference_mode()
+    def words(self, x:Tensor)->Tensor: # [N, H] of `states` -> [N, vocab_size] float32
+        "Logits of every word; of many rows some at a time, where memory is short"
+        logits, cap = score_words(x, self.lm_head, self.ops, self.config.vocab_size, *self.share), self.config.logit_softcap
         return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
 
     def think(self, x:Tensor, m:MoeWeights|MlpWeights, active:Tensor|None=None)->Tensor: # [T, H] normalized -> [T, H]

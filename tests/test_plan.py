@@ -6,7 +6,7 @@ from simplellm.checkpoint import Checkpoint
 from simplellm.config import EngineConfig
 from simplellm.models import load_model, load_weights, read_config, tiny_path
 from simplellm.mxfp4 import MXFP4
-from simplellm.memory import (budget, cache_blocks, check_memory, concurrency, flags_that_fit, gpu_memory, largest_batch, measure_step,
+from simplellm.memory import (budget, cache_blocks, check_memory, concurrency, flags_that_fit, gpu_memory, measure_step, rehearsals, spread,
                               smallest_memory, weight_bytes)
 from simplellm.plan import ceiling, distinct_experts, plan, step_bytes
 from simplellm.synthetic import Synthetic, write_checkpoint
@@ -84,7 +84,10 @@ def test_a_model_that_does_not_fit_is_refused_before_it_is_read(monkeypatch):
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
     with pytest.raises(ValueError, match=r"65\.25 GB weights .* max_model_len=32768.* a GPU with 8\d GB"): LLM("synthetic:gpt-oss-120b", device="cuda")
     with pytest.raises(ValueError, match="layers=12"): check_memory(config_of("gpt-oss-120b"), EngineConfig(max_model_len=512), 29e9)
-    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: .5)
+    def half(device): # PyTorch's takes a number, or None for the current device, and no "cuda"
+        assert device is None or type(device) is int
+        return .5
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", half)
     assert gpu_memory() == (int(40e9), int(40e9))
     with pytest.raises(ValueError, match=r"of 40\.00 GB"): LLM("synthetic:gpt-oss-120b", device="cuda")
 
@@ -102,16 +105,23 @@ def test_cache_blocks(free, total, utilization, peak, graphs, block, blocks):
 
 def test_the_largest_step_is_measured_on_top_of_what_is_there(monkeypatch):
     "With counters in the place of CUDA's: what the model takes for a moment, not what was there before"
-    model, e, used, rows = load_model(device="cpu"), EngineConfig(max_num_seqs=3, max_num_batched_tokens=32), dict(now=1000, peak=10**9), []
+    model, e, used, sizes = load_model(device="cpu"), EngineConfig(max_num_seqs=3, max_num_batched_tokens=8), dict(now=1000, peak=10**9), []
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: used["now"])
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: used["peak"])
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: used.update(peak=used["now"]))
     class Watched:
         def __getattr__(self, name): return getattr(model, name)
-        def __call__(self, batch, kv):
-            rows.append(len(batch.seq_lens))
-            assert len(batch) == 32 and len(batch.logits_rows) == rows[-1]
-            used["peak"] += len(batch)
-            return model(batch, kv)
-    assert measure_step(Watched(), e, 128, torch.float32) == 3 * 32 and rows == [1, 2, 3]
-    assert len(largest_batch(replace(e, max_num_seqs=1), 20)) == 20 # no sequence is longer than the longest
+        def states(self, batch, kv):
+            sizes.append((len(batch.seq_lens), len(batch)))
+            used["peak"] = max(used["peak"], 1000 + len(batch))
+            return model.states(batch, kv)
+    assert measure_step(Watched(), e, 128, torch.float32) == 8 and sizes[-4:] == [(3, 8)] * 4 # as many tokens and rows as may be, for each kind of wish
+    assert len(sizes) == 4 + len(rehearsals(e, 128)) and (1, 8) in sizes
+
+@pytest.mark.parametrize("e, longest", [(EngineConfig(), 131072), (EngineConfig(max_num_seqs=64, max_num_batched_tokens=1024), 1128), (EngineConfig(max_num_batched_tokens=1, max_num_seqs=1), 7)])
+def test_rehearsals_are_steps_that_may_be(e, longest):
+    steps = rehearsals(e, longest)
+    assert all(new >= 1 and past >= 0 and new + past <= longest for rows in steps for new, past in rows)
+    assert all(sum(new for new, _ in rows) <= e.max_num_batched_tokens for rows in steps)
+    assert max(len(rows) for rows in steps) == min(e.max_num_seqs, e.max_num_batched_tokens) and max(past for rows in steps for _, past in rows) == longest - 1
+    assert spread(2048, 2, 1128) == [(1024, 0)] * 2 and spread(32, 1, 20) == [(20, 0)] # no sequence is longer than the longest
