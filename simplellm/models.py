@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['ATTENTION', 'MLP', 'RELU2_MLP', 'QWEN_EXPERTS', 'GPT_OSS_MLP', 'GPT_OSS_MXFP4', 'GPT_OSS_DENSE', 'BIASES', 'MOE',
            'FAMILIES', 'PACKED', 'FIELDS', 'REQUIRED', 'ALIASES', 'ROPE_FIELDS', 'ROPE_NEEDS', 'THEIRS', 'PIECE',
-           'MIXTRAL_EXPERTS', 'Family', 'Row', 'dimension', 'parse_row', 'table_lines', 'tensor_table', 'expect',
+           'MIXTRAL_EXPERTS', 'Family', 'Row', 'dimensions', 'parse_row', 'table_lines', 'tensor_table', 'expect',
            'one_name', 'find_family', 'read_rope', 'read_windows', 'read_mlp_layers', 'token_ids', 'read_eos',
            'read_experts', 'name_of', 'most_common_type', 'config_fields', 'stretched', 'read_config', 'check_tensors',
-           'move_piece', 'move', 'lift', 'read_part', 'unpack', 'load_weight', 'load_weights', 'tiny_path',
-           'pick_dtype', 'load_model']
+           'move_piece', 'move', 'lift', 'read_part', 'unpack', 'load_weight', 'check_tied', 'load_weights',
+           'tiny_path', 'pick_dtype', 'load_model']
 
 # %% ../nbs/21_models.ipynb #24237bf6
 import os, threading
@@ -154,28 +154,24 @@ class Row(NamedTuple):
     def packed(self)->bool: return self.theirs.endswith(PACKED)
 
 # %% ../nbs/21_models.ipynb #323d423f
-def dimension(text:str, # like V, Hq*D, I/32 or 16
-              values:dict[str, int] # of the letters
-             )->tuple[int, int]: # length, neighbours that stay together
-    "One dimension of a table's shape"
-    if "/" in text:
-        a, b = text.split("/")
-        return values[a]//int(b), 1
-    a, _, b = text.partition("*")
-    n, unit = (values.get(t) or int(t or 1) for t in (a, b))
-    return n*unit, unit
+def dimensions(c:ModelConfig)->dict[str, tuple[int, int]]: # text -> length, neighbours that stay together
+    "Every dimension that the tables speak of"
+    H, I, D = c.hidden_size, c.intermediate_size, c.head_dim
+    plain = {"V": c.vocab_size, "H": H, "I": I, "M": c.mlp_size or I, "D": D, "E": c.num_experts, "Hq": c.num_heads,
+             "H/32": H//32, "I/32": I//32, "16": 16}
+    return {k: (n, 1) for k, n in plain.items()} | {"Hq*D": (c.num_heads*D, D), "Hkv*D": (c.num_kv_heads*D, D), "I*2": (2*I, 2)}
 
 # %% ../nbs/21_models.ipynb #14beb772
 def parse_row(line:str, # of a table
-              values:dict[str, int], # of the letters
+              sizes:dict[str, tuple[int, int]], # `dimensions`
               layer:int=0, # for {i}
               expert:int=0 # for {e}
              )->Row:
     "One line of a table for one layer and expert"
     ours, theirs, shape, rule = line.split()[:4]
-    dims = [dimension(t, values) for t in shape.split(",")]
+    dims = [sizes[d] for d in shape.split(",")]
     unit = dims[SPLITS[rule]][1] if rule in SPLITS else 1
-    stack = values["E"] if "{e}" in theirs else 0
+    stack = sizes["E"][0] if "{e}" in theirs else 0
     name = theirs.removesuffix("^T").format(i=layer, e=expert)
     return Row(ours.format(i=layer), name, tuple(n for n, _ in dims), theirs.endswith("^T"), None if rule == "-" else rule, unit, stack)
 
@@ -190,10 +186,8 @@ def table_lines(c:ModelConfig, layer:int)->list[str]:
 
 def tensor_table(c:ModelConfig)->list[Row]:
     "Every tensor that a checkpoint of this architecture holds"
-    values = dict(V=c.vocab_size, H=c.hidden_size, Hq=c.num_heads, Hkv=c.num_kv_heads, D=c.head_dim, E=c.num_experts,
-                  I=c.intermediate_size, M=c.mlp_size or c.intermediate_size)
-    lines = [table_lines(c, i) for i in range(c.num_layers)]
-    return [parse_row(line, values, i, e) for i in range(c.num_layers) for e in range(max(c.num_experts, 1))
+    sizes, lines = dimensions(c), [table_lines(c, i) for i in range(c.num_layers)]
+    return [parse_row(line, sizes, i, e) for i in range(c.num_layers) for e in range(max(c.num_experts, 1))
             for line in lines[i] if e == 0 or "{e}" in line]
 
 # %% ../nbs/21_models.ipynb #615130b9
@@ -316,7 +310,7 @@ def read_experts(d:dict, # the object in config.json
     return method
 
 # %% ../nbs/21_models.ipynb #701ae6df
-def name_of(dtype:torch.dtype)->str: # such as "bfloat16"
+def name_of(dtype)->str: # such as "bfloat16"
     "How configurations spell a type"
     return str(dtype).removeprefix("torch.")
 
@@ -451,6 +445,15 @@ def load_weight(rows:list[Row], # the tensors that make one weight
     return w.unflatten(0, (rows[0].stack, -1)) if rows[0].stack else w
 
 # %% ../nbs/21_models.ipynb #a216f304
+def check_tied(checkpoint:Checkpoint)->None: # raises CheckpointError
+    "Refuse an output matrix that is not the embedding although config.json says so"
+    head, embed = "lm_head.weight", "model.embed_tokens.weight"
+    if head not in checkpoint: return
+    alike = checkpoint.shape(head) == checkpoint.shape(embed) and checkpoint.dtype(head) == checkpoint.dtype(embed)
+    same = alike and checkpoint.get(head).equal(checkpoint.get(embed))
+    require(same, checkpoint.file(head), f"differs from {embed!r}, expected the same: config.json ties them", head)
+
+# %% ../nbs/21_models.ipynb #0895d75c
 def load_weights(checkpoint:Checkpoint,
                  c:ModelConfig, # as `read_config` gives it
                  dtype:torch.dtype|None=None, # of the dense weights; None = the checkpoint's
@@ -462,6 +465,7 @@ def load_weights(checkpoint:Checkpoint,
                 )->dict[str, torch.Tensor|MXFP4]: # or a CheckpointError
     "Every weight by our names"
     check_tensors(checkpoint, c)
+    if c.tie_embeddings: check_tied(checkpoint)
     dtype, groups, weights = dtype or getattr(torch, c.dtype), {}, {}
     if dequantize or (dequantize is None and torch.device(device).type == "cpu"):
         prepare = lambda w, name: unpack(w, name, checkpoint.file(name), dtype)
@@ -490,10 +494,9 @@ def pick_dtype(dtype, # "auto", a name, or a torch.dtype
               )->torch.dtype:
     "The type a model computes in"
     if dtype == "auto": dtype = c.dtype if device.type == "cuda" else "float32"
-    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    known = found in (torch.float32, torch.bfloat16, torch.float16)
-    check(known, "dtype", dtype, "auto, float32, bfloat16 or float16")
-    return found
+    name = name_of(dtype)
+    check(name in ("float32", "bfloat16", "float16"), "dtype", dtype, "auto, float32, bfloat16 or float16")
+    return getattr(torch, name)
 
 # %% ../nbs/21_models.ipynb #6a10f9ee
 def load_model(path=None, # folder of a checkpoint, or a Checkpoint; None = the shipped model

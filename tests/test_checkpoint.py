@@ -73,6 +73,8 @@ LIES = dict(
     no_utf8=(dict(text=lambda t: b"\xff" + t[1:]), "JSON"),
     cut_json=(dict(text=lambda t: t[:-1]), "JSON"),
     a_list=(dict(text=lambda t: b"[]"), "JSON"),
+    notes=(dict(change=lambda h: h.__setitem__("__metadata__", dict(format=1))), "__metadata__"),
+    newer_dtype=(dict(change=put(Q, "dtype", "F8_E8M0")), Q),
     deep=(dict(text=lambda t: b"["*100_000), "JSON"),
     duplicate=(dict(text=lambda t: t[:-1] + b"," + t[1:]), "twice"))
 
@@ -165,7 +167,14 @@ CONFIG = dict(
     text=(dict(vocab_size="96"), "vocab_size"), fraction=(dict(head_dim=16.5), "head_dim"), zero=(dict(hidden_size=0), "hidden_size"),
     heads=(dict(num_key_value_heads=3), "num_key_value_heads"), top_k=(dict(num_experts_per_tok=5, experts_per_token=5), "num_experts_per_tok"),
     two_values=(dict(experts_per_token=3), "experts_per_token"), eos=(dict(eos_token_id=96), "eos_token_id"),
-    eos_type=(dict(eos_token_id={"a": 1}), "eos_token_id"), dtype=(dict(dtype="int8"), "dtype"), bias=(dict(attention_bias="yes"), "bias"))
+    eos_type=(dict(eos_token_id={"a": 1}), "eos_token_id"), dtype=(dict(dtype="int8"), "dtype"), bias=(dict(attention_bias="yes"), "bias"),
+    far=(dict(max_position_embeddings=10**12), "max_position_embeddings"), window=(dict(sliding_window=2**70), "windows"), no_dtype=(dict(dtype=""), "dtype"),
+    overflow=(dict(rope_scaling=dict(rope_type="yarn", factor=1e308, original_max_position_embeddings=10**300)), "factor"),
+    reach=(dict(rope_scaling=dict(rope_type="yarn", factor=64.0, original_max_position_embeddings=2**23)), "max_position"),
+    two_thetas=(dict(rope_scaling=dict(rope_type="linear", factor=2.0, rope_theta=10000.0)), "rope_theta 150000 contradicts rope_theta 10000.0"),
+    mlp_layers=(dict(mlp_only_layers=["0"]), "mlp_only_layers"), far_layer=(dict(mlp_only_layers=[2]), "mlp_only_layers"),
+    bitsandbytes=(dict(quantization_config=dict(quant_method="bitsandbytes")), "bitsandbytes"), dense=(dict(quantization_config=dict(quant_method="dense")), "'dense'"),
+    nested=(dict(layer_types=[["full_attention"], "full_attention"]), "layer_types"), negative_eos=(dict(eos_token_id=-1), "eos_token_id"))
 
 @pytest.mark.parametrize("case", CONFIG)
 def test_config(write_gpt_oss, case):
@@ -232,6 +241,27 @@ def test_index(write_gpt_oss):
     for escape in (f"../{a}", "/etc/passwd", "..", "", 5, None, "sub/" + a):
         assert case(lambda i: i["weight_map"].__setitem__(Q, escape)).startswith(f"{INDEX}: tensor {Q!r}")
     for value in ({}, [], None, "x"): assert "weight_map" in case(lambda i: i.__setitem__("weight_map", value))
+
+def test_links(write_gpt_oss, tmp_path):
+    "Links are followed, as Hugging Face's cache needs it; what is no file is refused under the name of the shard"
+    folder, a = write_gpt_oss(shards=2), "model-00001-of-00002.safetensors"
+    (folder/a).rename(tmp_path/"blob")
+    for target in "nowhere", a:
+        (folder/a).symlink_to(target)
+        assert refusal(folder).startswith(f"{a}: ")
+        (folder/a).unlink()
+    (folder/a).symlink_to(tmp_path/"blob")
+    load(folder)
+    (folder/a).unlink()
+    (folder/a).mkdir()
+    assert refusal(folder).startswith(f"{a}: ")
+
+def test_generation_config(write_gpt_oss):
+    "The other file that names end tokens"
+    folder = write_gpt_oss()
+    for text, words in ('{"eos_token_id": [3, 96]}', "generation_config.json"), ("[3]", "generation_config.json"), ('{"eos_token_id": "3"}', "generation_config.json: eos_token_id '3'"):
+        (folder/"generation_config.json").write_text(text)
+        assert words in refusal(folder)
 
 def agrees(path):
     "We accept a file only if the library does, and never fail in another way"
