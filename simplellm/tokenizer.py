@@ -4,20 +4,19 @@
 
 # %% auto #0
 __all__ = ['expressible', 'GPT2_PATTERN', 'O200K_PATTERN', 'SPACE', 'BYTE_NAMES', 'HARMONY_SPECIAL', 'TokenizerError',
-           'Inexpressible', 'require', 'byte_chars', 'spell', 'unspell', 'bpe_steps', 'listed_fully', 'unreachable',
-           'merge_order', 'Added', 'Vocabulary', 'gaps', 'keep_gaps', 'split_pattern', 'parts', 'kind_of', 'read_split',
-           'read_bytelevel', 'check_model', 'read_merges', 'read_added', 'read_steps', 'apply', 'read_around', 'plain',
-           'character_ranks', 'prefix_scheme', 'read_metaspace', 'character_alphabet', 'read_byte_bpe',
-           'read_character_bpe', 'read_speller', 'strips_space', 'split_unmerged', 'read_vocabulary', 'finder',
-           'cut_out', 'cut_added', 'byte_table', 'spelled_ids', 'Tokenizer', 'read_tiktoken', 'LibraryTokenizer',
-           'open_library', 'open_json', 'open_tokenizer', 'load_tokenizer']
+           'Inexpressible', 'require', 'byte_chars', 'spell', 'unspell', 'entry', 'bpe_steps', 'listed_fully',
+           'unreachable', 'merge_order', 'Added', 'Vocabulary', 'split_pattern', 'parts', 'read_bytelevel',
+           'check_model', 'read_merges', 'read_added', 'read_steps', 'apply', 'read_around', 'plain', 'character_ranks',
+           'prefix_scheme', 'read_metaspace', 'character_alphabet', 'read_ranks', 'read_speller', 'strips_space',
+           'read_vocabulary', 'finder', 'cut_out', 'cut_added', 'byte_table', 'spelled_ids', 'Tokenizer',
+           'read_tiktoken', 'LibraryTokenizer', 'open_library', 'open_json', 'load_tokenizer']
 
 # %% ../nbs/02_tokenizer.ipynb #45a5e26f
 import base64, gc, json, re, threading, unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial, reduce
-from itertools import chain, pairwise
+from itertools import chain, count, groupby, pairwise
 from pathlib import Path
 import tiktoken
 
@@ -52,6 +51,10 @@ def unspell(text:str)->bytes:
     "The bytes that tokenizer.json writes as `text`"
     return text.translate(_to_byte).encode("latin-1")
 
+def entry(token:str)->bytes:
+    "The bytes of any token; the name of a special one need not be spelled"
+    return unspell(token) if all(ord(char) in _to_byte for char in token) else token.encode()
+
 # %% ../nbs/02_tokenizer.ipynb #c80f51e6
 def bpe_steps(parts:Iterable[str], # symbols of one piece
               rank:dict[tuple[str, str], int] # pair -> position in the list of merges
@@ -80,10 +83,10 @@ def unreachable(merges:list[tuple[str, str]], # in order
     "Tokens that merging never makes; an error if merging by token ranks would"
     rank, seen, lost = {pair: i for i, pair in enumerate(merges)}, set(alphabet), set()
     for a, b in merges:
-        *_, parts = bpe_steps(a + b, rank)
-        expressible(full or parts == [a+b] and {a, b} <= seen, f"merges of {a+b!r}: its symbols merge to {parts} instead, "
-                    "so byte-pair ranks cannot reproduce these merges")
-        if parts != [a+b]: lost.add(a + b)
+        *_, found = bpe_steps(a + b, rank)
+        expressible(full or found == [a+b] and {a, b} <= seen, f"merges of {a+b!r}: its symbols merge to {found} in this "
+                    "order, so byte-pair ranks cannot reproduce these merges")
+        if found != [a+b]: lost.add(a + b)
         seen.add(a + b)
     return lost
 
@@ -95,14 +98,13 @@ def merge_order(vocab:dict[str, int], # every token of the model section, with i
                 alphabet:Iterable[str] = _chars # what merging starts from
                )->dict[str, int]: # the alphabet, the merged tokens in order of rank, then those that are only taken whole
     "The vocabulary that tiktoken can merge, or an error if it would merge it differently"
-    made, pairs = [a + b for a, b in merges], set(merges)
-    order = dict.fromkeys(alphabet) | dict.fromkeys(made)
-    lost = (order.keys() | set(chain.from_iterable(pairs))) - vocab.keys()
+    made = [token for token, _ in groupby(a + b for a, b in merges)]
+    order = dict.fromkeys(chain(alphabet, made))
+    lost = {*order, *chain.from_iterable(merges)} - vocab.keys()
     require(not lost, f"vocabulary lacks {len(lost)} of the symbols and merged tokens, such as {sorted(lost)[:5]}")
-    expressible(sum(a != b for a, b in pairwise(made)) == max(len(set(made))-1, 0), "merges of one token are "
-                "scattered, expected side by side")
+    expressible(len(made) == len({*made}), "merges of one token are scattered, expected side by side")
     whole = {t: None for t in vocab if ignore_merges and t not in order and t not in names}
-    full = listed_fully(order | whole, pairs)
+    full = listed_fully(order | whole, {*merges})
     if full: order |= whole
     lost = () if ignore_merges and full else unreachable(merges, alphabet, full)
     return {token: vocab[token] for token in order if token not in lost}
@@ -139,59 +141,46 @@ O200K_PATTERN = "|".join([
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*" + _contraction,
     r"\p{N}{1,3}", r" ?[^\s\p{L}\p{N}]+[\r\n/]*", r"\s*[\r\n]+", r"\s+(?!\S)", r"\s+"])
 
-# %% ../nbs/02_tokenizer.ipynb #4176284c
-def gaps(pattern:str)->str: return rf"(?:(?!{pattern})[\s\S])+" # the stretches between matches
-
-def keep_gaps(pattern:str)->str:
-    "`pattern`, or a stretch it does not match"
-    return f"{pattern}|{gaps(pattern)}"
-
 # %% ../nbs/02_tokenizer.ipynb #4feb4c52
 def split_pattern(pattern:str, # a regular expression
-                  behavior:str, invert:bool # what becomes of its matches
+                  behavior:str="Isolated", invert:bool=False # what becomes of its matches
                  )->str:
     "The pieces of a Split, as one pattern"
-    p, gap = f"(?>{pattern})", gaps(pattern)
+    p, gap = f"(?>{pattern})", rf"(?:(?!{pattern})[\s\S])+"
     leads, follows = f"{p}(?:{gap})?|{gap}", f"{gap}{p}?|{p}"
-    found = dict(Isolated=keep_gaps(pattern), Contiguous=f"{p}+|{gap}", Removed=pattern if invert else None,
+    found = dict(Isolated=f"{pattern}|{gap}", Contiguous=f"{p}+|{gap}", Removed=pattern if invert else None,
                  MergedWithPrevious=leads if invert else follows, MergedWithNext=follows if invert else leads).get(behavior)
     expressible(found, f"Split is {behavior}, invert {invert}: not the matches of a regular expression")
     return found
 
 # %% ../nbs/02_tokenizer.ipynb #5037f9ea
-def parts(section:dict|None, key:str)->list[dict]: # key of the steps, if it is a Sequence
+def parts(section:dict|None, key:str # of the steps, if it is a Sequence
+         )->tuple[list[dict], list[str|None]]: # steps, their types
     "The steps of a section"
-    return (section or {}).get(key) or [section or {}]
-
-def kind_of(step:dict)->str|None: return step.get("type")
-
-def read_split(step:dict # a Split or Digits of the pre_tokenizer
-              )->str:
-    "Its pieces as a pattern"
-    if step["type"] == "Digits": return keep_gaps(r"\p{N}" if step["individual_digits"] else r"\p{N}+")
-    how = step["pattern"]
-    return split_pattern(how["Regex"] if "Regex" in how else re.escape(how["String"]), step["behavior"], step.get("invert", False))
+    steps = (section or {}).get(key) or [section or {}]
+    return steps, [step.get("type") for step in steps]
 
 def read_bytelevel(pre:dict|None # the pre_tokenizer section
                   )->tuple[str, str]: # the pattern, and which text gets a space in front
     "Accepts byte-level pieces, cut by one regular expression at most"
-    *splits, last = parts(pre, "pretokenizers")
-    kinds = list(map(kind_of, [*splits, last]))
+    steps, kinds = parts(pre, "pretokenizers")
     expressible(kinds in (["ByteLevel"], ["Split", "ByteLevel"], ["Digits", "ByteLevel"]),
                 f"pre_tokenizer {kinds}, expected [Split or Digits,] ByteLevel")
+    split, last = steps[0], steps[-1]
     inner, space = last.get("use_regex", True), last.get("add_prefix_space", True)
-    if not splits: return (GPT2_PATTERN if inner else r"[\s\S]+"), "always" if space else "never"
+    if len(steps) == 1: return (GPT2_PATTERN if inner else r"[\s\S]+"), "always" if space else "never"
     expressible(not (inner or space), "ByteLevel after Split has use_regex or add_prefix_space, expected neither")
-    return read_split(splits[0]), "never"
+    if kinds[0] == "Digits": return split_pattern(r"\p{N}" if split["individual_digits"] else r"\p{N}+"), "never"
+    pattern = split["pattern"].get("Regex") or re.escape(split["pattern"]["String"])
+    return split_pattern(pattern, split["behavior"], split.get("invert", False)), "never"
 
 # %% ../nbs/02_tokenizer.ipynb #a13ed512
 def check_model(model:dict # the model section
                )->None:
     "Refuse what BPE has no place for"
-    expressible(model.get("type", "BPE") == "BPE", f"model.type is {model.get('type')}, expected BPE")
+    for key, want in dict(type="BPE", continuing_subword_prefix="", end_of_word_suffix="").items():
+        expressible((model.get(key) or want) == want, f"model.{key} is {model.get(key)!r}, expected {want!r}")
     require(not model.get("dropout"), f"model.dropout is {model.get('dropout')!r}, expected none: ids would be random")
-    for key in ("continuing_subword_prefix", "end_of_word_suffix"):
-        expressible(not model.get(key), f"model.{key} is {model.get(key)!r}, expected none")
     for key, kind in dict(vocab=dict, merges=list).items():
         require(isinstance(model.get(key), kind), f"model.{key} is missing or not a {kind.__name__}")
     require(len({*model["vocab"].values()}) == len(model["vocab"]), "vocabulary: two tokens share an id")
@@ -206,14 +195,12 @@ def read_merges(merges:list, # "a b" in older files, ["a", "b"] in newer ones
     return [pair for pair in pairs if "".join(pair) not in names]
 
 # %% ../nbs/02_tokenizer.ipynb #9fd6ebc3
-def read_added(entries:list[dict]|None, # the added_tokens section
-               bad:tuple[str, ...]=("single_word", "lstrip", "rstrip") # flags that are not ours
+def read_added(entries:list[dict]|None # the added_tokens section
               )->tuple[Added, ...]:
-    "Added tokens; those that look at their surroundings are not ours"
-    for token in entries or []:
-        odd = [key for key in bad if token.get(key)]
-        expressible(not odd, f"added token {token['content']!r} sets {odd}, expected none of them")
+    "Added tokens"
     return tuple(Added(t["content"], t["id"], bool(t.get("special")), bool(t.get("normalized"))) for t in entries or [])
+
+
 
 # %% ../nbs/02_tokenizer.ipynb #bcc1a8be
 def read_steps(normalizer:dict|None # the normalizer section
@@ -233,15 +220,14 @@ def apply(steps:Iterable[Callable[[str], str]], text:str)->str: return reduce(la
 def read_around(post:dict|None # the post_processor section
                )->tuple[tuple[int, ...], tuple[int, ...]]: # ids before and after a prompt
     "Accepts one TemplateProcessing at most"
-    steps = [step for step in parts(post, "processors") if kind_of(step) not in (None, "ByteLevel")]
-    kinds = list(map(kind_of, steps))
+    steps = [step for step, kind in zip(*parts(post, "processors")) if kind not in (None, "ByteLevel")]
+    kinds = [step["type"] for step in steps]
     expressible(kinds in ([], ["TemplateProcessing"]), f"post_processor {kinds}, expected a TemplateProcessing at most")
-    sides, side = ([], []), 0
-    for step in steps:
-        for item in step["single"]:
-            if "Sequence" in item: side = 1
-            else: sides[side].extend(step["special_tokens"][item["SpecialToken"]["id"]]["ids"])
-    return tuple(sides[0]), tuple(sides[1])
+    if not steps: return (), ()
+    known = steps[0]["special_tokens"]
+    ids = [known[item["SpecialToken"]["id"]]["ids"] if "SpecialToken" in item else None for item in steps[0]["single"]]
+    text = ids.index(None)
+    return tuple(chain(*ids[:text])), tuple(chain(*ids[text+1:]))
 
 # %% ../nbs/02_tokenizer.ipynb #c33d5dee
 SPACE = "▁" # U+2581, a space in SentencePiece
@@ -265,7 +251,7 @@ def prefix_scheme(meta:dict # a Metaspace section
 
 def read_metaspace(pre:dict|None, # the pre_tokenizer section
                    steps:tuple[Callable, ...], # normalization
-                   tokens:Iterable[str] # that merging makes
+                   tokens:Iterable[bytes] # that merging makes
                   )->tuple[str, str]: # the pattern, and which text gets a space in front
     "Accepts Metaspace, or nothing if normalization replaces spaces"
     kind = (pre or {}).get("type")
@@ -273,7 +259,7 @@ def read_metaspace(pre:dict|None, # the pre_tokenizer section
                 f"pre_tokenizer {kind} with byte_fallback, expected spaces to become {SPACE}")
     scheme = prefix_scheme(pre) if kind else "never"
     if kind and pre.get("split", True): return " [^ ]*|[^ ]+", scheme
-    inside = any(re.search(f"[^{SPACE}]{SPACE}", token) for token in tokens)
+    inside = any(b" " in token.lstrip(b" ") for token in tokens)
     return (r"[\s\S]+" if inside else " *[^ ]+| +"), scheme
 
 # %% ../nbs/02_tokenizer.ipynb #aef551bf
@@ -287,63 +273,56 @@ def character_alphabet(vocab:dict[str, int], merges:list[tuple[str, str]], names
     return sorted(chars)
 
 # %% ../nbs/02_tokenizer.ipynb #a70ba176
-def read_byte_bpe(model:dict, pre:dict|None, names:set[str], steps:tuple # sections, added tokens, normalization
-                 )->tuple[dict[bytes, int], str, str]: # ranks, pattern, which text gets a space in front
-    "GPT-2's kind: Qwen, Llama 3, gpt-oss"
-    order = merge_order(model["vocab"], read_merges(model["merges"], names), bool(model.get("ignore_merges")), names)
-    return {unspell(token): i for token, i in order.items()}, *read_bytelevel(pre)
-
-def read_character_bpe(model:dict, pre:dict|None, names:set[str], steps:tuple)->tuple:
-    "SentencePiece's kind: Llama 2, Mixtral"
-    merges = read_merges(model["merges"], names | BYTE_NAMES.keys())
-    alphabet = character_alphabet(model["vocab"], merges, names)
-    order = merge_order(model["vocab"], merges, bool(model.get("ignore_merges")), names | BYTE_NAMES.keys(), alphabet)
-    return character_ranks(model["vocab"], order), *read_metaspace(pre, steps, order)
+def read_ranks(model:dict, # the model section
+               names:set[str], # of added tokens
+               spaced:bool # whether it merges characters, like Llama 2 and Mixtral, or bytes, like GPT-2 and its heirs
+              )->dict[bytes, int|None]: # as in `Vocabulary`
+    "What merging makes, in order"
+    vocab, names = model["vocab"], names | BYTE_NAMES.keys() if spaced else names
+    merges = read_merges(model["merges"], names)
+    alphabet = character_alphabet(vocab, merges, names) if spaced else _chars
+    order = merge_order(vocab, merges, bool(model.get("ignore_merges")), names, alphabet)
+    return character_ranks(vocab, order) if spaced else {unspell(token): i for token, i in order.items()}
 
 # %% ../nbs/02_tokenizer.ipynb #02b1b6f7
 def read_speller(decoder:dict|None # the decoder section
                 )->Callable[[str], bytes]:
     "The bytes of a token, whatever stands around it"
-    kinds = set(map(kind_of, parts(decoder, "decoders")))
+    kinds = {*parts(decoder, "decoders")[1]}
     if kinds & {"ByteFallback", "Metaspace"}: return plain
-    require("ByteLevel" in kinds, f"decoder {kinds}, expected ByteLevel, ByteFallback or Metaspace: single tokens must have bytes")
-    return lambda token: unspell(token) if all(ord(char) in _to_byte for char in token) else token.encode()
+    require("ByteLevel" in kinds, f"decoder {kinds}, expected ByteLevel, ByteFallback or Metaspace: tokens must have bytes")
+    return entry
 
 def strips_space(decoder:dict|None)->bool:
     "Whether decoding drops a space in front"
-    steps = parts(decoder, "decoders")
-    return any(s.get("type") == "Strip" and s["start"] > 0 or s.get("type") == "Metaspace" and prefix_scheme(s) != "never" for s in steps)
-
-# %% ../nbs/02_tokenizer.ipynb #9687097d
-def split_unmerged(model:dict, # the model section
-                   made:set[int], # ids that merges can make
-                   names:set[str], # of added tokens
-                   spell:Callable[[str], bytes]
-                  )->tuple[tuple[bytes, int], ...]:
-    "Vocabulary entries that encoding never produces and decoding must know"
-    rest = {token: i for token, i in model["vocab"].items() if i not in made and token not in names}
-    expressible(not (rest and model.get("ignore_merges")), f"model.ignore_merges with tokens that no merge makes, such as "
-                f"{list(rest)[:3]}: byte-pair ranks cannot express them")
-    return tuple((spell(token), i) for token, i in rest.items())
+    return any(step["start"] > 0 if kind == "Strip" else kind == "Metaspace" and prefix_scheme(step) != "never"
+               for step, kind in zip(*parts(decoder, "decoders")))
 
 # %% ../nbs/02_tokenizer.ipynb #9552b8b4
 def read_vocabulary(data:dict # parsed tokenizer.json
                    )->Vocabulary:
     "Check each section and collect what tiktoken needs"
-    model, added, steps = data.get("model") or {}, read_added(data.get("added_tokens")), read_steps(data.get("normalizer"))
+    model, pre, steps = data.get("model") or {}, data.get("pre_tokenizer"), read_steps(data.get("normalizer"))
     check_model(model)
-    pre, names = data.get("pre_tokenizer"), {token.text for token in added}
-    spaced = bool(model.get("byte_fallback")) and "ByteLevel" not in map(kind_of, parts(pre, "pretokenizers"))
-    tokens, pattern, prefix = (read_character_bpe if spaced else read_byte_bpe)(model, pre, names, steps)
-    spell = read_speller(dict(type="ByteFallback" if spaced else "ByteLevel"))
-    return Vocabulary(tokens, pattern, added, split_unmerged(model, {*tokens.values()}, names, spell), prefix, steps, spaced,
-                      strips_space(data.get("decoder")), *read_around(data.get("post_processor")))
+    odd = [t["content"] for t in data.get("added_tokens") or [] if t.get("single_word") or t.get("lstrip") or t.get("rstrip")]
+    expressible(not odd, f"added tokens {odd} set single_word, lstrip or rstrip, expected none of them")
+    added = read_added(data.get("added_tokens"))
+    names = {token.text for token in added}
+    spaced = bool(model.get("byte_fallback")) and "ByteLevel" not in parts(pre, "pretokenizers")[1]
+    tokens = read_ranks(model, names, spaced)
+    pattern, prefix = read_metaspace(pre, steps, tokens) if spaced else read_bytelevel(pre)
+    made, spell = {*tokens.values()}, plain if spaced else entry
+    rest = {token: i for token, i in model["vocab"].items() if i not in made and token not in names}
+    expressible(not (rest and model.get("ignore_merges")), f"model.ignore_merges with {list(rest)[:3]}, which no merge makes")
+    unmerged = tuple((spell(token), i) for token, i in rest.items())
+    return Vocabulary(tokens, pattern, added, unmerged, prefix, steps, spaced, strips_space(data.get("decoder")),
+                      *read_around(data.get("post_processor")))
 
 # %% ../nbs/02_tokenizer.ipynb #fd20da10
-def finder(tokens:Iterable[Added])->re.Pattern|None:
-    "Finds any of the tokens, the longest first"
-    texts = sorted((re.escape(token.text) for token in tokens), key=len, reverse=True)
-    return re.compile(f"({'|'.join(texts)})") if texts else None
+def finder(names:Iterable[str])->re.Pattern|None:
+    "Finds any of the names, the longest first"
+    names = sorted(map(re.escape, names), key=len, reverse=True)
+    return re.compile(f"({'|'.join(names)})") if names else None
 
 # %% ../nbs/02_tokenizer.ipynb #350a8ba3
 def cut_out(text:str, found:re.Pattern|None # from `finder`
@@ -358,8 +337,7 @@ def cut_added(text:str, early:re.Pattern|None, late:re.Pattern|None, # finders f
              )->Iterator[tuple[str, bool]]: # text, and whether it is an added token
     "Added tokens, and normalized text between them"
     for piece, whole in cut_out(text, early):
-        if whole: yield piece, True
-        else: yield from cut_out(apply(steps, piece), late)
+        yield from [(piece, True)] if whole else cut_out(apply(steps, piece), late)
 
 # %% ../nbs/02_tokenizer.ipynb #20a417d9
 def byte_table(v:Vocabulary)->list[bytes]: # index = id
@@ -385,7 +363,7 @@ class Tokenizer:
         v, self.vocabulary = vocabulary, vocabulary
         added = [replace(t, text=apply(v.steps, t.text)) if t.normalized else t for t in v.added]
         self.added = {token.text: token.id for token in added} # as it stands in the text when it is looked for
-        self._finders = {allow: [finder(t for t in added if t.normalized == late and (allow or not t.special))
+        self._finders = {allow: [finder(t.text for t in added if t.normalized == late and (allow or not t.special))
                                  for late in (False, True)] for allow in (False, True)}
         self.special = {token.text: token.id for token in v.added if token.special} # text -> id
         self._special_ids, self._bytes = frozenset(self.special.values()), byte_table(v)
@@ -394,11 +372,10 @@ class Tokenizer:
 
     def _build(self, v:Vocabulary)->None:
         ids = [i for token, i in v.tokens.items() if len(token) > 1]
-        ascending = None not in ids and all(a < b for a, b in pairwise(ids))
-        ranks = v.tokens if ascending else {token: rank for rank, token in enumerate(v.tokens)}
+        ascending = None not in ids and ids == sorted(ids)
         self._ids = None if ascending else spelled_ids(v.tokens) # rank -> ids
-        self.encoding = tiktoken.Encoding("simplellm", pat_str=v.pattern, mergeable_ranks=ranks,
-                                          special_tokens=self.special if ascending else {})
+        ranks = v.tokens if ascending else dict(zip(v.tokens, count()))
+        self.encoding = tiktoken.Encoding("simplellm", pat_str=v.pattern, mergeable_ranks=ranks, special_tokens={})
 
     def encode(self, text:str, allow_special:bool=False, # whether `<|end|>` in the text is that token
                add_special_tokens:bool=False, # whether to put the ids around it that open and close a prompt
@@ -448,16 +425,21 @@ def read_tiktoken(path:Path, # lines of base64 token and rank
     require(o200k or pattern, f"{len(ranks)} ranks are not o200k_base, so pattern= is needed")
     special = HARMONY_SPECIAL if special is None and o200k else special or {}
     order = dict(sorted(ranks.items(), key=lambda item: item[1]))
-    return Vocabulary(order, keep_gaps(pattern or O200K_PATTERN), tuple(Added(t, i) for t, i in special.items()))
+    return Vocabulary(order, split_pattern(pattern or O200K_PATTERN), tuple(Added(t, i) for t, i in special.items()))
 
 # %% ../nbs/02_tokenizer.ipynb #8543d05b
 class LibraryTokenizer(Tokenizer):
     "Ids by Hugging Face's `tokenizers`"
     runs_on = "tokenizers"
-    def __init__(self, vocabulary:Vocabulary, library, # a tokenizers.Tokenizer
-                 why:str, # what tiktoken cannot express
-                 unknown:int|None): # id of what is not in the vocabulary: the one special token that text may become
-        super().__init__(vocabulary)
+    def __init__(self, library, # a tokenizers.Tokenizer
+                 data:dict, # the tokenizer.json it was made from
+                 why:str): # what tiktoken cannot express
+        spell, added, model = read_speller(data.get("decoder")), read_added(data.get("added_tokens")), data["model"]
+        tokens, names = library.get_vocab(with_added_tokens=False), {token.id for token in added}
+        unmerged = tuple((spell(token), i) for token, i in tokens.items() if i not in names)
+        super().__init__(Vocabulary({}, "", added, unmerged, strip=strips_space(data.get("decoder"))))
+        # what is not in the vocabulary becomes this one, the only special token that text may become
+        unknown = model.get("unk_id", library.token_to_id(model.get("unk_token") or ""))
         self.why, self._library, self._lock, self._never = why, library, threading.Lock(), self._special_ids - {unknown}
 
     def _build(self, v:Vocabulary)->None: pass
@@ -483,11 +465,7 @@ def open_library(path:Path, # a tokenizer.json
     except Exception as e: raise TokenizerError(f"{why}; the tokenizers library says {e}") from None
     require("'prepend_scheme': 'first'" not in str(data.get("pre_tokenizer")), f"{why}; prepend_scheme first is only for tiktoken")
     library.no_truncation(), library.no_padding()
-    spell, added, model = read_speller(data.get("decoder")), read_added(data.get("added_tokens"), ()), data["model"]
-    names = {token.id for token in added}
-    unmerged = tuple((spell(token), i) for token, i in library.get_vocab(with_added_tokens=False).items() if i not in names)
-    v = Vocabulary({}, "", added, unmerged, strip=strips_space(data.get("decoder")))
-    return LibraryTokenizer(v, library, why, model.get("unk_id", library.token_to_id(model.get("unk_token") or "")))
+    return LibraryTokenizer(library, data, why)
 
 # %% ../nbs/02_tokenizer.ipynb #b105672c
 def open_json(path:Path # tokenizer.json
@@ -497,24 +475,18 @@ def open_json(path:Path # tokenizer.json
     try: return Tokenizer(read_vocabulary(data))
     except Inexpressible as e: return open_library(path, data, str(e))
 
-def open_tokenizer(path:Path, pattern:str|None, special:dict[str, int]|None # as in `load_tokenizer`
-                  )->Tokenizer:
-    "The tokenizer of a file"
-    try: return open_json(path) if path.suffix == ".json" else Tokenizer(read_tiktoken(path, pattern, special))
-    except TokenizerError as e: raise TokenizerError(f"{path}: {e}") from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
-        raise TokenizerError(f"{path}: not a tokenizer description: {type(e).__name__}: {e}") from e
-
-# %% ../nbs/02_tokenizer.ipynb #3ee3e43c
 def load_tokenizer(path:str|Path, # a folder, a tokenizer.json or a .tiktoken file
                    pattern:str|None=None, special:dict[str, int]|None=None # for .tiktoken files only
                   )->Tokenizer:
     "The tokenizer of a checkpoint"
-    path = Path(path)
+    path, was_on = Path(path), gc.isenabled()
     files = [file for file in [path, path/"tokenizer.json", *sorted(path.glob("*.tiktoken"))] if file.is_file()]
     require(files, f"{path}: expected a tokenizer.json or a .tiktoken file")
-    was_on = gc.isenabled()
+    file = files[0]
     gc.disable()
-    try: return open_tokenizer(files[0], pattern, special)
+    try: return open_json(file) if file.suffix == ".json" else Tokenizer(read_tiktoken(file, pattern, special))
+    except TokenizerError as e: raise TokenizerError(f"{file}: {e}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+        raise TokenizerError(f"{file}: not a tokenizer description: {type(e).__name__}: {e}") from e
     finally:
         if was_on: gc.enable()

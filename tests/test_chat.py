@@ -155,6 +155,19 @@ def test_conversations_with_tools(oh, tok):
         want = expected(oh, messages, tools, effort, date)
         assert ours == want, (tok.decode(ours), tok.decode(want))
 
+ODD_TOOLS = [dict(oneOf=3, description="d", default=5, type="string"), dict(oneOf=None, description="d", default=5), dict(oneOf=[], description="d"),
+             dict(oneOf=[3, dict(description=""), dict(description="d", default="q", enum=["q"])], description="d"), dict(type="number", default=1.2345678901234568e-05),
+             dict(type="number", default=1e-5), dict(default=[1e300]), dict(type="string", default="a", enum="a"), 3, dict(title=1, examples="x"),
+             dict(type="array", items=dict(type="string", nullable=True)), dict(type=["null"], nullable=True), dict(type="string", nullable="yes")]
+
+@needs_o200k
+def test_tools_that_are_odd(oh, tok):
+    "Fields of the wrong kind, defaults in every notation, line ends of every kind"
+    tools = [dict(name="f", description=d, parameters=dict(type="object", properties={f"p{i}": s for i, s in enumerate(ODD_TOOLS)}))
+             for d in ("", "\n", "a\r", "a\r\nb\r", "a\n\n", "a\r\r\nb")]
+    user = [dict(role="user", content="hi")]
+    assert encode_chat(tok, user, tools) == expected(oh, user, tools, "medium", None)
+
 def test_what_cannot_be_rendered_is_named():
     user = dict(role="user", content="hi")
     for bad, why in [(dict(role="robot"), "message 1 .robot.*unknown role"), ("hi", "message 1 .str"),
@@ -244,6 +257,8 @@ def test_readings_of_malformed_answers():
     p = read(" to=functions.f<|channel|>commentary json<|message|>{}")
     assert p.flags == ["cut"] and tool_calls(p.messages) == [] and p.messages[0].recipient == "functions.f"
     assert read("").flags == ["cut"] and read("").messages == []
+    p = read("<|channel|>commentary<|constrain|>a<|constrain|>b<|message|>{}<|call|>") # in no order that means anything
+    assert p.flags == ["bad_header"] and (p.messages[0].recipient, p.messages[0].content_type) == (None, "<|constrain|>b")
 
 # ---- detokenizing
 
@@ -318,3 +333,13 @@ def test_users_cannot_write_special_tokens(words):
                    render_message(Message("user", content))):
         assert [p for p in pieces if isinstance(p, Special)] == ["<|start|>", "<|message|>", "<|end|>"]
         assert "".join(pieces) == f"<|start|>user<|message|>{content}<|end|>"
+
+@given(st.lists(st.sampled_from(["<|end|>", "<|start|>", "<", "<|", "en", "end|>", "d|>", "|>", "a", " ", "\n"]), max_size=9))
+@settings(max_examples=100, deadline=None)
+def test_users_cannot_write_special_tokens_in_parts(words):
+    "Not even where a template puts the parts of a content, or names and values of a tool, side by side"
+    template = "{% for m in messages %}{% for p in m.content %}{{ p.text }}{% endfor %}<|end|>{% for k in tools[0] %}{{ k ~ tools[0][k] }}{% endfor %}{% endfor %}"
+    content, tools = [dict(type="text", text=w) for w in words], [dict(zip(words, words[1:]))]
+    pieces = template_pieces(BYTES, template, [dict(role="user", content=content)], tools)
+    assert [p for p in pieces if isinstance(p, Special)] == ["<|end|>"]
+    assert "".join(pieces) == "".join(words) + "<|end|>" + "".join(k + v for k, v in tools[0].items())
