@@ -23,7 +23,7 @@ def flash_attention(flash:Callable, # flash-attn's `flash_attn_varlen_func`
                    )->Tensor: # [T, heads, D]
     "`simplellm.attention.paged_attention` by flash-attn"
     return flash(q, k_cache, v_cache, cu_seqlens_q=cu_seqlens_q, max_seqlen_q=max_q, max_seqlen_k=max_k, seqused_k=seq_lens,
-                 page_table=block_tables, softmax_scale=scale, causal=True, learnable_sink=sinks,
+                 page_table=block_tables, softmax_scale=scale, causal=True, learnable_sink=None if sinks is None else sinks.bfloat16(),
                  window_size=(None, None) if window is None else (window - 1, 0))[0]
 
 # %% ../nbs/14_flash_attention.ipynb #ce4f73bd

@@ -26,9 +26,10 @@ class Traffic(TorchDispatchMode):
 
 # %% ../nbs/10_measure.ipynb #756c85fe
 def bandwidth(f, # launches the work
-              nbytes:int # that it has to move
+              nbytes:int, # that it has to move
+              graph:bool=True # can it be recorded?
              )->str:
     "Time of one call and the bandwidth achieved"
-    import triton
-    ms = triton.testing.do_bench_cudagraph(f)
+    from triton.testing import do_bench, do_bench_cudagraph
+    ms = (do_bench_cudagraph if graph else do_bench)(f)
     return f"{ms * 1000:.1f} µs, {nbytes / ms / 1e9:.2f} TB/s"
