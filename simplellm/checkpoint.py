@@ -104,7 +104,8 @@ def read_entry(path, # of the file
     require(counts(shape), path, f"shape {shape!r}, expected integers >= 0", name)
     require(counts(offsets, 2), path, f"data_offsets {offsets!r}, expected two integers >= 0", name)
     expected, found = math.prod(shape)*dtype.itemsize, offsets[1] - offsets[0]
-    require(found == expected, path, f"data_offsets span {found} bytes, expected {expected} for shape {shape} of {d['dtype']}", name)
+    of = f"shape {shape} of {d['dtype']}"
+    require(found == expected, path, f"data_offsets span {found} bytes, expected {expected} for {of}", name)
     return Entry(Path(path), dtype, tuple(shape), *offsets)
 
 # %% ../nbs/01_checkpoint.ipynb #fe906f3f
@@ -129,7 +130,8 @@ def read_header(path # of a safetensors file
     try: header, size = split_file(path)
     except OSError as e: raise CheckpointError(f"{Path(path).name}: expected a safetensors file, but: {e.strerror}") from None
     notes = header.pop("__metadata__", {})
-    require(isinstance(notes, dict) and all(isinstance(v, str) for v in notes.values()), path, "__metadata__: expected an object of texts")
+    texts = isinstance(notes, dict) and all(isinstance(v, str) for v in notes.values())
+    require(texts, path, "__metadata__: expected an object of texts")
     entries = {k: read_entry(path, k, v) for k, v in header.items()}
     check_layout(path, entries, size)
     return dict(sorted(entries.items(), key=lambda item: item[1].start))
@@ -144,7 +146,8 @@ def read_index(folder:Path # of the checkpoint
     path, present = folder/INDEX, os.listdir(folder)
     index = read_json(path).get("weight_map")
     require(isinstance(index, dict) and index, path, f"weight_map is {index!r:.40}, expected tensor names and files")
-    for name, file in index.items(): require(file in present, path, f"file {file!r}, expected the name of a file in this folder", name)
+    for name, file in index.items():
+        require(file in present, path, f"file {file!r}, expected the name of a file in this folder", name)
     return index
 
 # %% ../nbs/01_checkpoint.ipynb #7f3ea16f
@@ -213,8 +216,7 @@ def check_finite(x:torch.Tensor, # a dense tensor
 
 # %% ../nbs/01_checkpoint.ipynb #c6a87df7
 def check_scales(x:torch.Tensor, # MXFP4 scales, uint8
-                 name:str, # its name
-                 file # where it is from
+                 name:str, file # as in `check_finite`
                 )->None: # raises CheckpointError
     "Refuse the scale byte that means NaN"
     if not x.numel() or x.max() < 255: return

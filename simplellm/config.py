@@ -81,7 +81,8 @@ class RopeConfig:
         check_rules(self, factor=(1 <= self.factor <= 4096, "1 to 4096"),
                     original_max_position=(self.original_max_position <= LONGEST, f"at most {LONGEST}"),
                     beta_fast=(self.beta_slow < self.beta_fast, f"more than beta_slow={self.beta_slow}"),
-                    high_freq_factor=(self.low_freq_factor < self.high_freq_factor, f"more than low_freq_factor={self.low_freq_factor}"))
+                    high_freq_factor=(self.low_freq_factor < self.high_freq_factor,
+                                      f"more than low_freq_factor={self.low_freq_factor}"))
 
 # %% ../nbs/00_config.ipynb #a58f3367
 def check_shape(c # a ModelConfig
@@ -102,8 +103,11 @@ def check_numbers(c # a ModelConfig
     "Refuse rows that MXFP4 cannot pack and special tokens outside the vocabulary"
     for n in ("hidden_size", "intermediate_size") if c.num_experts and c.experts == "mxfp4" else ():
         check(getattr(c, n) % 32 == 0, n, getattr(c, n), "a multiple of 32, the weights under one MXFP4 scale")
-    for n, ids in dict(eos_token_ids=c.eos_token_ids, bos_token_id=[c.bos_token_id or 0], pad_token_id=[c.pad_token_id or 0]).items():
-        check(all(i < c.vocab_size for i in ids), n, getattr(c, n), f"ids below vocab_size={c.vocab_size}")
+    special = dict(eos_token_ids=c.eos_token_ids, bos_token_id=(c.bos_token_id,), pad_token_id=(c.pad_token_id,))
+    for n, ids in special.items():
+        check(all(i is None or i < c.vocab_size for i in ids), n, getattr(c, n), f"ids below vocab_size={c.vocab_size}")
+
+
 
 # %% ../nbs/00_config.ipynb #e70beff3
 @dataclass(frozen=True)
@@ -166,6 +170,7 @@ class EngineConfig:
     enable_prefix_caching:bool=True # share the blocks of equal prefixes?
     gpu_memory_utilization:float=0.9 # share of the GPU's memory to use, in (0, 1]
     enforce_eager:bool=False # never replay CUDA graphs?
+    batch_invariant:bool=False # the same bits whoever else is in the batch? needs a GPU, and is slower
     tensor_parallel_size:int=1 # GPUs that share one model
     kv_cache_dtype:Literal["auto", "float32", "bfloat16", "float16"]="auto" # auto = the model's
     async_scheduling:bool|None=None # begin a step before the last one's tokens are read? None = where CUDA graphs are replayed

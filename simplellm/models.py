@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ATTENTION', 'MLP', 'RELU2_MLP', 'QWEN_EXPERTS', 'GPT_OSS_MLP', 'GPT_OSS_MXFP4', 'GPT_OSS_DENSE', 'BIASES', 'MOE',
-           'FAMILIES', 'PACKED', 'FIELDS', 'REQUIRED', 'ALIASES', 'ROPE_FIELDS', 'ROPE_NEEDS', 'THEIRS', 'PIECE',
+           'FAMILIES', 'PACKED', 'FIELDS', 'OPTIONAL', 'ALIASES', 'ROPE_FIELDS', 'ROPE_NEEDS', 'THEIRS', 'PIECE',
            'MIXTRAL_EXPERTS', 'Family', 'Row', 'dimensions', 'parse_row', 'table_lines', 'tensor_table', 'expect',
            'one_name', 'find_family', 'read_rope', 'read_windows', 'read_mlp_layers', 'token_ids', 'read_eos',
            'read_experts', 'name_of', 'most_common_type', 'config_fields', 'stretched', 'read_config', 'check_tensors',
@@ -101,12 +101,12 @@ layers.{i}.down_proj         model.layers.{i}.mlp.experts.down_proj^T          E
 class Family:
     "What distinguishes one kind of model from the others, as data"
     architecture:str # as in config.json's "architectures"
-    required:tuple[str, ...]=() # fields of config.json beyond `REQUIRED`
-    switches:dict=field(default_factory=dict) # fields of ModelConfig that hold for the whole family
-    mlp:dict[str, str]=field(default_factory=lambda: dict(dense=MLP)) # "mxfp4" or "dense" -> table of a layer's second half
+    switches:dict # fields of ModelConfig that hold for the whole family
     fields:dict[str, str]=field(default_factory=dict) # ModelConfig's name -> config.json's, beyond `FIELDS`
-    windowed:int|str|None=None # first layer with a sliding window, or config.json's name for it; None = `layer_types` says
+    required:tuple[str, ...]=() # what else config.json must have
+    mlp:dict[str, str]=field(default_factory=dict) # "mxfp4" or "dense" -> table of a layer's experts
     dense:str=MLP # table of the second half of a layer without experts
+    windowed:int|str|None=None # first layer with a sliding window, or config.json's name for it; None = `layer_types` says
     hidden_act:str="silu" # what config.json must say
     rope:dict=field(default_factory=dict) # fields of RopeConfig that hold for the whole family
 
@@ -114,24 +114,22 @@ class Family:
 BIASES = dict(qkv_bias="attention_bias", o_bias="attention_bias")
 MOE = dict(num_experts="num_local_experts", top_k="num_experts_per_tok")
 FAMILIES = dict( # keys are config.json's "model_type"
-    gpt_oss=Family(
-        "GptOssForCausalLM", ("head_dim", *MOE.values(), "layer_types", "swiglu_limit", "rope_scaling"),
-        dict(sinks=True, qkv_bias=True, o_bias=True, activation="clamped_swiglu"),
-        dict(mxfp4=GPT_OSS_MLP + GPT_OSS_MXFP4, dense=GPT_OSS_MLP + GPT_OSS_DENSE),
-        MOE | BIASES | dict(swiglu_limit="swiglu_limit", swiglu_alpha="swiglu_alpha")),
-    llama=Family("LlamaForCausalLM", (), dict(activation="swiglu"), fields=BIASES | dict(mlp_bias="mlp_bias")),
-    qwen2=Family("Qwen2ForCausalLM", ("use_sliding_window",), dict(activation="swiglu", qkv_bias=True), windowed="max_window_layers"),
-    qwen3=Family("Qwen3ForCausalLM", ("head_dim", "use_sliding_window"), dict(activation="swiglu", qk_norm=True), fields=BIASES,
+    gpt_oss=Family("GptOssForCausalLM", dict(activation="clamped_swiglu", sinks=True, qkv_bias=True, o_bias=True),
+                   MOE | BIASES | dict(swiglu_limit="swiglu_limit", swiglu_alpha="swiglu_alpha"),
+                   ("head_dim", "layer_types", "rope_scaling"),
+                   dict(mxfp4=GPT_OSS_MLP + GPT_OSS_MXFP4, dense=GPT_OSS_MLP + GPT_OSS_DENSE)),
+    llama=Family("LlamaForCausalLM", dict(activation="swiglu"), BIASES | dict(mlp_bias="mlp_bias")),
+    qwen2=Family("Qwen2ForCausalLM", dict(activation="swiglu", qkv_bias=True), {}, ("use_sliding_window",),
                  windowed="max_window_layers"),
-    qwen3_moe=Family(
-        "Qwen3MoeForCausalLM", (*MOE.values(), "moe_intermediate_size", "norm_topk_prob", "use_sliding_window"),
-        dict(activation="swiglu", qk_norm=True), dict(dense=QWEN_EXPERTS),
-        MOE | BIASES | dict(intermediate_size="moe_intermediate_size", mlp_size="intermediate_size", norm_topk_prob="norm_topk_prob"),
-        windowed=0),
-    nanochat=Family(
-        "NanoChatForCausalLM", ("hidden_act", "final_logit_softcapping"),
-        dict(activation="relu2", qk_norm=True, norm_weights=False, embed_norm=True), dense=RELU2_MLP,
-        fields=BIASES | dict(logit_softcap="final_logit_softcapping"), hidden_act="relu2", rope=dict(reverse=True, attention_factor=1.0)))
+    qwen3=Family("Qwen3ForCausalLM", dict(activation="swiglu", qk_norm=True), BIASES, ("head_dim", "use_sliding_window"),
+                 windowed="max_window_layers"),
+    qwen3_moe=Family("Qwen3MoeForCausalLM", dict(activation="swiglu", qk_norm=True),
+                     MOE | BIASES | dict(intermediate_size="moe_intermediate_size", mlp_size="intermediate_size",
+                                         norm_topk_prob="norm_topk_prob"),
+                     ("use_sliding_window",), dict(dense=QWEN_EXPERTS), windowed=0),
+    nanochat=Family("NanoChatForCausalLM", dict(activation="relu2", qk_norm=True, norm_weights=False, embed_norm=True),
+                    BIASES | dict(logit_softcap="final_logit_softcapping"), ("hidden_act",),
+                    dense=RELU2_MLP, hidden_act="relu2", rope=dict(reverse=True, attention_factor=1.0)))
 
 # %% ../nbs/21_models.ipynb #874b23b4
 PACKED = "_blocks", "_scales" # the two halves of an MXFP4 weight
@@ -159,7 +157,8 @@ def dimensions(c:ModelConfig)->dict[str, tuple[int, int]]: # text -> length, nei
     H, I, D = c.hidden_size, c.intermediate_size, c.head_dim
     plain = {"V": c.vocab_size, "H": H, "I": I, "M": c.mlp_size or I, "D": D, "E": c.num_experts, "Hq": c.num_heads,
              "H/32": H//32, "I/32": I//32, "16": 16}
-    return {k: (n, 1) for k, n in plain.items()} | {"Hq*D": (c.num_heads*D, D), "Hkv*D": (c.num_kv_heads*D, D), "I*2": (2*I, 2)}
+    groups = {"Hq*D": (c.num_heads*D, D), "Hkv*D": (c.num_kv_heads*D, D), "I*2": (2*I, 2)}
+    return {k: (n, 1) for k, n in plain.items()} | groups
 
 # %% ../nbs/21_models.ipynb #14beb772
 def parse_row(line:str, # of a table
@@ -169,11 +168,10 @@ def parse_row(line:str, # of a table
              )->Row:
     "One line of a table for one layer and expert"
     ours, theirs, shape, rule = line.split()[:4]
-    dims = [sizes[d] for d in shape.split(",")]
-    unit = dims[SPLITS[rule]][1] if rule in SPLITS else 1
-    stack = sizes["E"][0] if "{e}" in theirs else 0
+    lengths, units = zip(*(sizes[d] for d in shape.split(",")))
     name = theirs.removesuffix("^T").format(i=layer, e=expert)
-    return Row(ours.format(i=layer), name, tuple(n for n, _ in dims), theirs.endswith("^T"), None if rule == "-" else rule, unit, stack)
+    return Row(ours.format(i=layer), name, lengths, transposed=theirs.endswith("^T"), rule=None if rule == "-" else rule,
+               unit=units[SPLITS[rule]] if rule in SPLITS else 1, stack=sizes["E"][0] if "{e}" in theirs else 0)
 
 # %% ../nbs/21_models.ipynb #56ef9536
 def table_lines(c:ModelConfig, layer:int)->list[str]:
@@ -196,7 +194,8 @@ FIELDS = dict( # ModelConfig's name -> config.json's
     num_kv_heads="num_key_value_heads", intermediate_size="intermediate_size", max_position="max_position_embeddings",
     rms_eps="rms_norm_eps", head_dim="head_dim", tie_embeddings="tie_word_embeddings", bos_token_id="bos_token_id",
     pad_token_id="pad_token_id")
-REQUIRED = tuple(FIELDS.values())[:8] # by every family
+OPTIONAL = ("head_dim", "tie_word_embeddings", "bos_token_id", "pad_token_id", # the others must be there
+            "attention_bias", "mlp_bias", "swiglu_alpha")
 ALIASES = dict(num_experts_per_tok="experts_per_token", num_local_experts="num_experts", dtype="torch_dtype",
                rope_scaling="rope_parameters")
 
@@ -275,7 +274,8 @@ def read_windows(d:dict, # the object in config.json, each field under one name
 def read_mlp_layers(d:dict)->tuple[int, ...]: # as in `read_windows`
     "Which layers of a mixture have one dense MLP instead"
     listed, step, layers = d.get("mlp_only_layers", []), d.get("decoder_sparse_step", 1), range(d["num_hidden_layers"])
-    expect(isinstance(listed, list) and all(i in layers for i in listed), f"mlp_only_layers {listed!r}, expected a list of layers")
+    known = isinstance(listed, list) and all(i in layers for i in listed)
+    expect(known, f"mlp_only_layers {listed!r}, expected a list of layers")
     expect(type(step) is int and step > 0, f"decoder_sparse_step {step!r}, expected a positive integer")
     return tuple(i for i in layers if i in listed or (i + 1) % step)
 
@@ -300,13 +300,14 @@ def read_eos(folder:Path, # of the checkpoint
 
 # %% ../nbs/21_models.ipynb #c1e27ea2
 def read_experts(d:dict, # the object in config.json
-                 known:dict={} # see `Family.mlp`
+                 known:dict # see `Family.mlp`
                 )->str: # "mxfp4" or "dense"
     "How the experts are stored"
     q = d.get("quantization_config")
     if q is None: return "dense"
     method = q.get("quant_method") if isinstance(q, dict) else q
-    expect(method == "mxfp4" in known, f"unsupported quantization_config {method!r}, expected none{' or mxfp4'*('mxfp4' in known)}")
+    expected = "none or mxfp4" if "mxfp4" in known else "none"
+    expect(method == "mxfp4" in known, f"unsupported quantization_config {method!r}, expected {expected}")
     return method
 
 # %% ../nbs/21_models.ipynb #701ae6df
@@ -331,11 +332,12 @@ def config_fields(d:dict, # the object in config.json, each field under one name
     "ModelConfig's arguments"
     key = find_family(d)
     family = FAMILIES[key]
-    for k in REQUIRED + family.required: expect(k in d, f"missing field {k!r}")
+    names = FIELDS | family.fields
+    for k in [k for k in names.values() if k not in OPTIONAL] + [*family.required]: expect(k in d, f"missing field {k!r}")
     layers, act = d["num_hidden_layers"], d.get("hidden_act", "silu")
     expect(type(layers) is int and 0 < layers <= 4096, f"num_hidden_layers {layers!r}, expected an integer from 1 to 4096")
     expect(act == family.hidden_act, f"hidden_act {act!r}, expected {family.hidden_act!r}")
-    plain = {ours: d[theirs] for ours, theirs in (FIELDS | family.fields).items() if theirs in d}
+    plain = {ours: d[theirs] for ours, theirs in names.items() if theirs in d}
     return dict(head_dim=None) | family.switches | plain | dict(
         family=key, windows=read_windows(d, family.windowed), mlp_layers=read_mlp_layers(d), rope=read_rope(d, family.rope),
         experts=read_experts(d, family.mlp), dtype=d["dtype"] if "dtype" in d else most_common_type(source),
@@ -440,7 +442,8 @@ def load_weight(rows:list[Row], # the tensors that make one weight
     "Read one weight: fused, or packed, or what that is prepared to"
     parts = [read(row) for row in rows]
     if rows[0].packed:
-        return prepare(MXFP4(*(p.to(device=device, copy=not p.is_cuda, memory_format=torch.contiguous_format) for p in parts)), rows[0].theirs)
+        whole = [p.to(device=device, copy=not p.is_cuda, memory_format=torch.contiguous_format) for p in parts]
+        return prepare(MXFP4(*whole), rows[0].theirs)
     w = torch.cat([p.to(device=device, dtype=dtype) for p in parts])
     return w.unflatten(0, (rows[0].stack, -1)) if rows[0].stack else w
 
@@ -473,7 +476,8 @@ def load_weights(checkpoint:Checkpoint,
     def nbytes(rows): return sum(checkpoint.entry(r.theirs).nbytes for r in rows)
     total = sum(map(nbytes, groups.values()))
     with tqdm(total=total, unit="B", unit_scale=True, desc="Loading", leave=total > 1e9,
-              disable=progress if progress is None else not progress) as bar, ThreadPoolExecutor(min(8, os.cpu_count())) as readers:
+              disable=progress if progress is None else not progress) as bar, \
+         ThreadPoolExecutor(min(8, os.cpu_count())) as readers:
         read = partial(read_part, checkpoint, shard=shard, lift=partial(lift, device=device, readers=readers))
         for ours, rows in groups.items():
             weights[ours] = load_weight(rows, read, dtype, device, prepare)
@@ -504,7 +508,8 @@ def load_model(path=None, # folder of a checkpoint, or a Checkpoint; None = the 
                device="auto", # "auto" = a GPU if there is one
                shard:Shard=Shard(), # our rank
                progress:bool|None=None, # show a bar? None = on a terminal
-               admit:Callable=lambda c, dtype, device: None # may refuse the model before it is read
+               admit:Callable=lambda c, dtype, device: None, # may refuse the model before it is read
+               batch_invariant:bool=False # as for `choose_ops`
               )->Transformer: # or a CheckpointError
     "Read a checkpoint and return a model that is ready to run"
     checkpoint = path if isinstance(path, Checkpoint) else Checkpoint(path or tiny_path())
@@ -512,7 +517,7 @@ def load_model(path=None, # folder of a checkpoint, or a Checkpoint; None = the 
     if device == "auto": device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = pick_dtype(dtype, c, torch.device(device))
     admit(c, dtype, device)
-    ops = choose_ops(device, dtype)
+    ops = choose_ops(device, dtype, batch_invariant)
     return Transformer(c, load_weights(checkpoint, c, dtype, device, shard, progress=progress, prepare=ops.prepare), ops, shard)
 
 # %% ../nbs/21_models.ipynb #08810242
@@ -524,5 +529,4 @@ layers.{i}.down_proj         model.layers.{i}.block_sparse_moe.experts.{e}.w2.we
 """
 
 # %% ../nbs/21_models.ipynb #7083d67f
-FAMILIES["mixtral"] = Family("MixtralForCausalLM", tuple(MOE.values()), dict(activation="swiglu"), dict(dense=MIXTRAL_EXPERTS),
-                             MOE, windowed=0)
+FAMILIES["mixtral"] = Family("MixtralForCausalLM", dict(activation="swiglu"), MOE, (), dict(dense=MIXTRAL_EXPERTS), windowed=0)

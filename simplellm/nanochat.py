@@ -25,7 +25,10 @@ def last_model(folder # maybe with model_000700.pt
     steps = {int(m[1]): p for p in Path(folder).glob("model_*.pt") if (m := re.fullmatch(r"model_(\d+)\.pt", p.name))}
     return steps[max(steps)] if steps else None
 
-def meta_of(model:Path)->Path: "The sizes that belong to some weights"; return model.with_name(f"meta{model.stem.removeprefix('model')}.json")
+def meta_of(model:Path # such as model_000700.pt
+           )->Path:
+    "The sizes that belong to it"
+    return model.with_name(f"meta{model.stem.removeprefix('model')}.json")
 
 def is_nanochat(folder)->bool:
     "Is it a folder as nanochat writes it?"

@@ -290,6 +290,19 @@ def test_stretched_positions(tmp_path, rope, reach):
     random_config("qwen2", 0, rope_parameters=rope | dict(rope_theta=1e4)).save_pretrained(tmp_path)
     assert read_config(tmp_path).max_position == reach
 
+@pytest.mark.parametrize("change", ["same", "other", "type", "shape"])
+def test_tied_and_yet_there(tmp_path, change):
+    "An output matrix beside config.json's word that it is the embedding: fine if it is, refused if it is not, for transformers would believe it"
+    from safetensors.torch import load_file, save_file
+    random_judge("llama", 1, tmp_path)
+    tensors = load_file(tmp_path/"model.safetensors")
+    embed = tensors["model.embed_tokens.weight"]
+    heads = dict(same=embed.clone(), other=embed * 1.01, type=embed.bfloat16(), shape=embed[1:].clone())
+    assert read_config(tmp_path).tie_embeddings
+    save_file(tensors | {"lm_head.weight": heads[change]}, tmp_path/"model.safetensors")
+    if change == "same": return load_model(tmp_path, device="cpu") and None
+    with pytest.raises(CheckpointError, match="model.safetensors: tensor 'lm_head.weight': differs"): load_model(tmp_path, device="cpu")
+
 def test_headers_are_parsed_once(tmp_path, monkeypatch):
     "Loading opens every shard once, however many tensors it has"
     import simplellm.checkpoint as module

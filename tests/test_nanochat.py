@@ -10,8 +10,10 @@ from simplellm.chat import ChatError, encode_chat
 from simplellm.checkpoint import CheckpointError
 from simplellm.config import EngineConfig
 from simplellm.engine import Engine
-from simplellm.models import load_model
-from simplellm.nanochat import CHAT, NanoChat, is_nanochat, read_pickle
+from simplellm.models import load_model, read_config
+from simplellm.nanochat import CHAT, NanoChat, is_nanochat, open_folder, read_pickle
+from simplellm.plan import plan
+from simplellm.synthetic import Synthetic
 from simplellm.tokenizer import TokenizerError
 
 _spec = importlib.util.spec_from_file_location("families", Path(__file__).with_name("test_families.py"))
@@ -115,6 +117,14 @@ def test_folder(tmp_path, small):
         ends = [ENCODING.encode_single_token(t) for t in ("<|assistant_end|>", "<|bos|>")]
         assert found.tokenizer.vocab_size == WORDS and load_model(found, device="cpu").config.eos_token_ids == tuple(ends)
     assert NanoChat(write(tmp_path/"bare", state, sizes)).tokenizer is None
+
+def test_other_doors(tmp_path, small):
+    "plan and synthetic checkpoints need the sizes alone; load_model says what opens the folder"
+    folder = write(tmp_path, *small)
+    assert read_config(Synthetic(folder, device="cpu")) == read_config(NanoChat(folder)) == read_config(open_folder(folder))
+    with pytest.raises(CheckpointError, match=r"nanochat's layout, which nanochat.open_folder\(path\) opens"): load_model(folder, device="cpu")
+    (folder/"model_000700.pt").write_bytes(b"")
+    assert "256 tokens each" in plan(folder)["Requests at once"]
 
 def rendered(talk):
     "nanochat's rendering, told again"
