@@ -173,7 +173,7 @@ def test_flash_that_is_missing_is_named():
 
 def test_what_is_not_asked_for_stays():
     plain, some = choose_ops("cpu", torch.float32), pick_ops("norm=triton", "cpu", torch.float32)
-    changed = {f for f in vars(plain) if getattr(plain, f) is not getattr(some, f)} - {"why"}
+    changed = {f for f in vars(plain) if getattr(plain, f) is not getattr(some, f)} - {"options", "why"}
     assert changed == {"rms_norm"} and some.rms_norm.__module__ == "simplellm.kernels.norm" and some.why["rms_norm"] == "asked for: norm=triton"
 
 def test_kernels_need_a_gpu_or_the_interpreter(monkeypatch):
@@ -204,6 +204,13 @@ def test_ablations():
     assert {"norm kernel", "rope kernel", "prefill kernel", "decode kernel", "moe kernel"} <= set(names[4:])
     last = next(c for c in ablations(Case("x", AGENTS), "cuda") if "moe" in c.label)
     assert stage_kinds(last.ops, "cuda") == {"moe": "reference"} and last.engine == {}
+
+def test_early_starts_can_be_switched_off(monkeypatch):
+    monkeypatch.setattr("simplellm.ops.starts_early", lambda device: True)
+    assert [pick_ops(text, "cuda", torch.bfloat16).options for text in ("", "triton", "triton,pdl=off", "pdl=off")] == [dict(pdl=True)] * 2 + [{}] * 2
+    assert pick_ops("norm=triton", "cuda", torch.bfloat16).rms_norm.keywords == dict(pdl=True)
+    last = next(c for c in ablations(Case("x", AGENTS), "cuda") if c.label == "x, no PDL")
+    assert stage_kinds(last.ops, "cuda") == {} and not pick_ops(last.ops, "cuda", torch.bfloat16).options
 
 def test_every_combination():
     cases = make_cases("uniform", "long", "closed:4", [1, 8], [128, 1024], 1000, ["", "reference"], ["max_num_seqs=8", "enforce_eager=true", "scheduling=static"])

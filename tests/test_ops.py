@@ -33,3 +33,8 @@ def test_alone_and_together_are_the_same_bits():
     x, w = torch.randn(70, 300, generator=g).to(device, torch.float16), torch.randn(40, 300, generator=g).to(device, torch.float16)
     whole = linear(x, w)
     for T in 1, 9, 33: assert linear(x[:T], w).equal(whole[:T])
+
+def test_an_engine_passes_the_wish_on():
+    from simplellm import LLM
+    with pytest.raises(ValueError, match="batch_invariant=True: kernels need a GPU"): LLM(device="cpu", batch_invariant=True)
+    with pytest.raises(ValueError, match="batch_invariant"): LLM(device="cpu", batch_invariant="yes")
