@@ -57,6 +57,7 @@ def rope_store(qkv:torch.Tensor, # [T, (heads + 2*kv_heads)*D] fused projection;
                slot_mapping:torch.Tensor, # [T] slot of each token, distinct; -1 = a padding row, not stored
                q_norm:torch.Tensor|None=None, k_norm:torch.Tensor|None=None, # [D] weights of a norm before RoPE, both or none
                eps:float=1e-5, # of that norm
+               memo:dict|None=None, # for the reference; here angles are read where they are needed
                pdl:bool=False # start before the previous kernel ends; Hopper and newer
               )->torch.Tensor: # [T, heads, D] turned queries, a view of qkv
     "Norm and turn queries and keys, and store keys and values, in one launch"

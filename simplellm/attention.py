@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['visible_mask', 'attention_dense', 'merge_attention', 'store_kv', 'rope_store', 'last_slots', 'head_rows',
-           'gather_rows', 'hidden_keys', 'find_keys', 'shares', 'attend_rows', 'row_groups', 'cut_groups',
-           'attend_mixed', 'paged_attention']
+           'gather_rows', 'shares', 'attend_keys', 'last_keys', 'attend_last', 'chunk_keys', 'attend_chunk',
+           'row_groups', 'cut_groups', 'attend_mixed', 'paged_attention']
 
 # %% ../nbs/07_attention.ipynb #94e78499
 import torch, torch.nn.functional as F
 from torch import Tensor
 from .norm import rms_norm
-from .rope import apply_rope
+from .rope import token_angles, turn
 
 # %% ../nbs/07_attention.ipynb #162db541
 def visible_mask(n:int, # queries: the last n tokens of the row
@@ -67,15 +67,17 @@ def rope_store(qkv:Tensor, # [T, (heads + 2*kv_heads)*D] fused projection
                k_cache:Tensor, v_cache:Tensor, # [blocks, block_size, kv_heads, D] one layer's cache, changed in place
                slot_mapping:Tensor, # [T] int64 slot of each token
                q_norm:Tensor|None=None, k_norm:Tensor|None=None, # [D] weights of a norm before RoPE, both or none
-               eps:float=1e-5 # of that norm
+               eps:float=1e-5, # of that norm
+               memo:dict|None=None # what earlier layers of the same step found out
               )->Tensor: # [T, heads, D] turned queries
     "Norm and turn queries and keys; store keys and values"
-    kv_heads, D = k_cache.shape[-2:]
-    x = qkv.view(len(qkv), -1, D)
+    (kv_heads, D), memo = k_cache.shape[-2:], {} if memo is None else memo
+    x = qkv.view(qkv.shape[0], -1, D)
     qk, v = x[:, :-kv_heads], x[:, -kv_heads:]
     if q_norm is not None:
         qk = torch.cat([rms_norm(qk[:, :-kv_heads], q_norm, eps), rms_norm(qk[:, -kv_heads:], k_norm, eps)], 1)
-    qk = apply_rope(qk, positions, table)
+    if table not in memo: memo[table] = token_angles(positions, table)
+    qk = turn(qk, *memo[table])
     store_kv(qk[:, -kv_heads:], v, k_cache, v_cache, slot_mapping)
     return qk[:, :-kv_heads]
 
@@ -86,10 +88,10 @@ def last_slots(block_tables:Tensor, # [R, M] int32 blocks of each row
                block_size:int # tokens per block
               )->tuple[Tensor,Tensor]: # [R, size] slots, and True where a row is shorter than that
     "Where the newest `size` tokens of each row lie, aligned on the right"
+    offsets = torch.arange(block_size, device=seq_lens.device)
+    slots = torch.add(offsets, block_tables[..., None], alpha=block_size).flatten(1)  # of all positions
     positions = torch.arange(-size, 0, device=seq_lens.device) + seq_lens[:, None]
-    missing, positions = positions < 0, positions.clamp_(min=0)
-    block = positions // block_size
-    return torch.add(positions, block_tables.gather(1, block) - block, alpha=block_size), missing
+    return slots.gather(1, positions.clamp(min=0)), positions < 0
 
 # %% ../nbs/07_attention.ipynb #82f98dd4
 def head_rows(slots:Tensor, # [R, L] slots to read
@@ -105,63 +107,91 @@ def gather_rows(cache:Tensor, # [blocks, block_size, kv_heads, D] one layer's ca
     return F.embedding(rows, cache.view(-1, cache.shape[3])).float()
 
 # %% ../nbs/07_attention.ipynb #8cfbd42a
-def hidden_keys(missing:Tensor, # [R, L] True where a row is shorter than L
-                n:int, # new tokens per row
-                group:int, # query heads per key head
-                window:int|None=None # keys a query sees, itself included
-               )->Tensor: # [R, 1 or n*group, L] True where a key must not be seen
-    "The mask of `attend_rows`; a single new token sees all that exists"
-    missing = missing[:, None]
-    if n == 1: return missing
-    return missing | ~visible_mask(n, missing.shape[-1], window, missing.device).repeat_interleave(group, dim=0)
-
-# %% ../nbs/07_attention.ipynb #d9670146
-def find_keys(block_tables:Tensor, # [R, M] int32
-              seq_lens:Tensor, # [R] int32
-              size:int, # keys per row
-              cache:Tensor, # [blocks, block_size, kv_heads, D] of any layer
-              *mask # n, group, window of `hidden_keys`
-             )->tuple[Tensor,Tensor]: # rows for `gather_rows`, and [R*kv_heads, 1 or n*group, size]: -inf where hidden, else 0
-    "Where the keys of each row and head lie, and which must not be seen"
-    slots, missing = last_slots(block_tables, seq_lens, size, cache.shape[1])
-    hidden = hidden_keys(missing, *mask)[:, None].expand(-1, cache.shape[2], -1, -1)  # the same for each head
-    return head_rows(slots, cache.shape[2]), torch.where(hidden, -torch.inf, 0.0).flatten(0, 1)
-
-# %% ../nbs/07_attention.ipynb #27e7b332
-def shares(scores:Tensor, # [R, kv_heads, n*G, L]
-           sinks:Tensor|None=None # [heads]
+def shares(scores:Tensor, # [B, n, L]
+           sink:Tensor|None=None # [B, n, 1]
           )->Tensor: # like scores
     "Softmax; a sink is one more score whose share nobody gets"
-    if sinks is None: return scores.softmax(-1)
-    R, kv_heads, queries, _ = scores.shape
-    column = sinks.to(scores.dtype).view(kv_heads, 1, -1).expand(R, kv_heads, queries * kv_heads // len(sinks), -1)
-    return torch.cat([scores, column.reshape(R, kv_heads, queries, 1)], -1).softmax(-1)[..., :-1]
+    return scores.softmax(-1) if sink is None else torch.cat([scores, sink], -1).softmax(-1)[..., :-1]
 
-# %% ../nbs/07_attention.ipynb #0442c453
-def attend_rows(q:Tensor, # [R, n, heads, D]: rows with n new tokens each
+def attend_keys(q:Tensor, # [B, n, D]
+                k_cache:Tensor, v_cache:Tensor, # [blocks, block_size, kv_heads, D]
+                keys:tuple[Tensor,Tensor], # rows for `gather_rows` [B, L]; 0 where seen, -inf where not [B or 1, n or 1, L]
+                scale:float, # multiplies the scores
+                sink:Tensor|None=None, # [B, n, 1]
+                return_lse:bool=False # also the log-sum-exp?
+               )->tuple[Tensor,Tensor|None]: # [B, n, D] and lse [B, n], float32
+    "Attention of queries that share their keys"
+    rows, mask = keys
+    scores = torch.baddbmm(mask, q.float(), gather_rows(k_cache, rows).mT, alpha=scale)
+    lse = scores.logsumexp(-1) if return_lse else None
+    return shares(scores, sink).bmm(gather_rows(v_cache, rows)), lse
+
+# %% ../nbs/07_attention.ipynb #d9670146
+def last_keys(memo:dict, # filled by the first layer of a step that asks
+              window:int|None, # keys a query sees, itself included
+              *where # block_tables, seq_lens, max_k, k_cache of `attend_last`
+             )->tuple[Tensor,Tensor]: # [R*kv_heads, L] and [R*kv_heads, 1, L], for `attend_keys`
+    "Where the keys of each row's last token lie; a short row lacks some"
+    block_tables, seq_lens, max_k, cache = where
+    _, block_size, kv_heads, _ = cache.shape
+    key = window, block_size, kv_heads
+    if key in memo: return memo[key]
+    if window is None:
+        slots, missing = last_slots(block_tables, seq_lens, max_k, block_size)
+        mask = torch.where(missing, -torch.inf, 0.0)[:, None].expand(-1, kv_heads, -1)
+        memo[key] = head_rows(slots, kv_heads), mask.reshape(-1, 1, max_k)
+    else: memo[key] = tuple(t[..., -window:].contiguous() for t in last_keys(memo, None, *where))
+    return memo[key]
+
+def attend_last(q:Tensor, # [R, heads, D], one new token per row
                 k_cache:Tensor, v_cache:Tensor, # [blocks, block_size, kv_heads, D]
                 block_tables:Tensor, # [R, M] int32
-                seq_lens:Tensor, # [R] int32 tokens in each row, the new ones included
+                seq_lens:Tensor, # [R] int32 tokens in each row, the new one included
                 max_k:int, # the longest of them
                 scale:float, # multiplies the scores
                 window:int|None=None, # keys a query sees, itself included
                 sinks:Tensor|None=None, # [heads]
                 return_lse:bool=False, # also the log-sum-exp?
                 memo:dict|None=None # what earlier layers of the same step found out
-               )->tuple[Tensor,Tensor|None]: # [R, n, heads, D] and lse [R, n, heads], float32
-    "Attention of rows that have equally many new tokens"
-    R, n, heads, D = q.shape
-    kv_heads, size = k_cache.shape[2], max_k if window is None else min(max_k, n - 1 + window)
-    most, seen = (max_k, None) if n == 1 else (size, window)  # a lone token's window is the end of all its keys
-    key, memo = (seen, n, heads, *k_cache.shape[1:3]), {} if memo is None else memo
-    if key not in memo: memo[key] = find_keys(block_tables, seq_lens, most, k_cache, n, heads // kv_heads, seen)
-    lines, mask = (t[..., -size:] for t in memo[key])
-    k, v = (gather_rows(cache, lines) for cache in (k_cache, v_cache))  # [R*kv_heads, size, D]
-    q = q.float().view(R, n, kv_heads, -1, D).transpose(1, 2).reshape(R * kv_heads, -1, D)  # [.., n*G, D]
-    scores = torch.baddbmm(mask, q, k.mT, alpha=scale).view(R, kv_heads, -1, size)
-    unfold = lambda x: x.view(R, kv_heads, n, -1, x.shape[-1]).transpose(1, 2).flatten(2, 3)
-    lse = unfold(scores.logsumexp(-1, keepdim=True))[..., 0] if return_lse else None
-    return unfold(shares(scores, sinks).flatten(0, 1).bmm(v)), lse
+               )->tuple[Tensor,Tensor|None]: # [R, heads, D] and lse [R, heads], float32
+    "Attention of rows with one new token each"
+    keys = last_keys({} if memo is None else memo, window, block_tables, seq_lens, max_k, k_cache)
+    folded = q.reshape(keys[0].shape[0], -1, q.shape[2])  # [R*kv_heads, G, D]
+    sink = None if sinks is None else sinks.float().expand(q.shape[0], -1).reshape(*folded.shape[:2], 1)
+    out, lse = attend_keys(folded, k_cache, v_cache, keys, scale, sink, return_lse)
+    return out.view(q.shape), None if lse is None else lse.view(q.shape[:2])
+
+# %% ../nbs/07_attention.ipynb #27e7b332
+def chunk_keys(memo:dict, # filled by the first layer of a step that asks
+               window:int|None, # keys a query sees, itself included
+               n:int, group:int, # new tokens; query heads per key head
+               block_tables:Tensor, seq_lens:Tensor, max_k:int, cache:Tensor # as in `attend_chunk`
+              )->tuple[Tensor,Tensor]: # [kv_heads, L] and [1, n*group, L], for `attend_keys`
+    "Where the keys of a row's newest tokens lie, and which each of them may look at"
+    _, block_size, kv_heads, _ = cache.shape
+    key = window, n, group, block_size, kv_heads
+    if key not in memo:
+        size = max_k if window is None else min(max_k, n - 1 + window)
+        slots, _ = last_slots(block_tables, seq_lens, size, block_size)
+        seen = visible_mask(n, size, window, cache.device).repeat_interleave(group, dim=0)
+        memo[key] = head_rows(slots, kv_heads), torch.where(seen, 0.0, -torch.inf)[None]
+    return memo[key]
+
+def attend_chunk(q:Tensor, # [n, heads, D] new tokens of one row
+                 k_cache:Tensor, v_cache:Tensor, # [blocks, block_size, kv_heads, D]
+                 block_tables:Tensor, # [1, M] int32
+                 seq_lens:Tensor, # [1] int32 tokens in the row, the new ones included
+                 max_k:int, # the same as a number
+                 scale:float, window:int|None=None, sinks:Tensor|None=None, return_lse:bool=False, memo:dict|None=None # as in `attend_last`
+                )->tuple[Tensor,Tensor|None]: # [n, heads, D] and lse [n, heads], float32
+    "Attention of one row with several new tokens"
+    n, kv_heads = q.shape[0], k_cache.shape[2]
+    fold = lambda x: x.unflatten(1, (kv_heads, -1)).transpose(0, 1).flatten(1, 2)  # [n, heads, D] -> [kv_heads, n*G, D]
+    unfold = lambda x: x.unflatten(1, (n, -1)).transpose(0, 1).flatten(1, 2)
+    keys = chunk_keys({} if memo is None else memo, window, n, q.shape[1] // kv_heads, block_tables, seq_lens, max_k, k_cache)
+    sink = None if sinks is None else fold(sinks.float().expand(n, -1)[..., None])
+    out, lse = attend_keys(fold(q), k_cache, v_cache, keys, scale, sink, return_lse)
+    return unfold(out), None if lse is None else unfold(lse[..., None])[..., 0]
 
 # %% ../nbs/07_attention.ipynb #3dca6a3c
 def row_groups(cu_seqlens_q:Tensor # [R+1] int32 where each row's new tokens begin
@@ -173,14 +203,14 @@ def row_groups(cu_seqlens_q:Tensor # [R+1] int32 where each row's new tokens beg
     return ([(ones, 1)] if ones else []) + [([r], n) for r, n in enumerate(counts) if n > 1]
 
 # %% ../nbs/07_attention.ipynb #b63aec04
-def cut_groups(block_tables:Tensor, seq_lens:Tensor, cu_seqlens_q:Tensor, max_k:int # as in `attend_mixed`
-              )->list[tuple]: # tokens [rows, n]; block tables, lengths and longest; a memo of the group's own
-    "What `attend_rows` needs to know of each group"
+def cut_groups(block_tables:Tensor, seq_lens:Tensor, cu_seqlens_q:Tensor # as in `attend_mixed`
+              )->list[tuple]: # function, tokens, its arguments (block tables, lengths, longest), a memo of the group's own
+    "How to attend to each group"
     groups = []
     for rows, n in row_groups(cu_seqlens_q):
-        tokens = cu_seqlens_q[rows, None] + torch.arange(n, device=seq_lens.device)
-        longest = max_k if n == 1 else int(seq_lens[rows[0]])
-        groups.append((tokens, (block_tables[rows], seq_lens[rows], longest), {}))
+        first, lengths = cu_seqlens_q[rows].long(), seq_lens[rows]
+        attend, tokens = (attend_last, first) if n == 1 else (attend_chunk, slice(int(first), int(first) + n))
+        groups.append((attend, tokens, (block_tables[rows], lengths, int(lengths.max())), {}))
     return groups
 
 # %% ../nbs/07_attention.ipynb #04f41064
@@ -189,15 +219,14 @@ def attend_mixed(q:Tensor, # [T, heads, D] queries of all new tokens, row after 
                  block_tables:Tensor, # [R, M] int32
                  seq_lens:Tensor, # [R] int32
                  cu_seqlens_q:Tensor, # [R+1] int32 where each row's queries begin in q
-                 max_k:int, # the most tokens of any row
                  memo:dict, # what earlier layers of the same step found out
                  *rest # scale, window, sinks, return_lse
                 )->tuple[Tensor,Tensor]: # [T, heads, D] and lse [T, heads], float32
-    "`attend_rows` for rows with different numbers of new tokens"
+    "Attention of rows with different numbers of new tokens"
     out, lse = torch.zeros_like(q, dtype=torch.float32), q.new_zeros(q.shape[:2], dtype=torch.float32)
-    if "groups" not in memo: memo["groups"] = cut_groups(block_tables, seq_lens, cu_seqlens_q, max_k)
-    for tokens, rows, own in memo["groups"]:
-        out[tokens], l = attend_rows(q[tokens], k_cache, v_cache, *rows, *rest, own)
+    if "groups" not in memo: memo["groups"] = cut_groups(block_tables, seq_lens, cu_seqlens_q)
+    for attend, tokens, rows, own in memo["groups"]:
+        out[tokens], l = attend(q[tokens], k_cache, v_cache, *rows, *rest, own)
         if l is not None: lse[tokens] = l
     return out, lse
 
@@ -216,8 +245,7 @@ def paged_attention(q:Tensor, # [T, heads, D] queries of all new tokens, row aft
                    )->Tensor: # [T, heads, D]
     "Attention of a mixed batch over a paged cache"
     shared, rest = (k_cache, v_cache, block_tables, seq_lens), (scale, window, sinks, return_lse)
-    if max_q == 1:
-        out, lse = (t if t is None else t[:, 0] for t in attend_rows(q[:, None], *shared, max_k, *rest, memo))
-    else: out, lse = attend_mixed(q, *shared, cu_seqlens_q, max_k, {} if memo is None else memo, *rest)
+    if max_q == 1: out, lse = attend_last(q, *shared, max_k, *rest, memo)
+    else: out, lse = attend_mixed(q, *shared, cu_seqlens_q, {} if memo is None else memo, *rest)
     out = out.to(q.dtype)
     return (out, lse) if return_lse else out

@@ -46,6 +46,7 @@ class KVCache:
                  dtype=torch.bfloat16, device="cpu"): # of both tensors
         shape = num_layers, num_blocks, block_size, num_kv_heads, head_dim
         self.k, self.v = (torch.zeros(shape, dtype=dtype, device=device) for _ in "kv")
+        self.layers = list(zip(self.k, self.v))
 
     num_blocks = property(lambda self: self.k.shape[1], doc="Blocks in all")
     block_size = property(lambda self: self.k.shape[2], doc="Tokens per block")
@@ -54,7 +55,7 @@ class KVCache:
     def layer(self, i:int # which layer
              )->tuple[Tensor,Tensor]: # two views [num_blocks, block_size, num_kv_heads, head_dim]
         "One layer's keys and values"
-        return self.k[i], self.v[i]
+        return self.layers[i]
 
     def __repr__(self): return f"KVCache({list(self.k.shape)}, {self.k.dtype}, {self.nbytes / 1e6:,.1f} MB)"
 

@@ -96,12 +96,12 @@ def moe_dense(x:torch.Tensor, weights:torch.Tensor, ids:torch.Tensor, # as in `m
               down:torch.Tensor, down_bias:torch.Tensor|None, activation:Callable
              )->torch.Tensor:
     "The same sum over all experts, with weight 0 for those not picked"
-    (T, _), E = x.shape, len(down)
+    T, E = x.shape[0], down.shape[0]
     weights = torch.zeros(T, E, dtype=x.dtype, device=x.device).scatter_(1, ids, weights.to(x.dtype))
     gate_up = F.linear(x, gate_up.flatten(0, 1), None if gate_up_bias is None else gate_up_bias.flatten())
     hidden = activation(gate_up.view(T, E, -1)) * weights[..., None]  # [T, E, I]
-    bias = x.new_zeros(()) if down_bias is None else weights @ down_bias
-    return torch.addbmm(bias, hidden.transpose(0, 1), down.mT)  # summed over the experts
+    out = F.linear(hidden.flatten(1), down.transpose(0, 1).flatten(1))  # summed over E*I
+    return out if down_bias is None else out.addmm(weights, down_bias)
 
 # %% ../nbs/08_moe.ipynb #46ab9867
 def moe(x:torch.Tensor, # [T, H]
@@ -114,5 +114,5 @@ def moe(x:torch.Tensor, # [T, H]
         activation:Callable # [..., 2I] -> [..., I]
        )->torch.Tensor: # [T, H]
     "Each token's experts, weighted and summed, in the way that is quick for these sizes"
-    small = not isinstance(gate_up, MXFP4) and len(x) * len(gate_up) <= 128 and len(gate_up) <= 4 * ids.shape[1]
+    small = not isinstance(gate_up, MXFP4) and ids.shape[0] * gate_up.shape[0] <= 128 and gate_up.shape[0] <= 4 * ids.shape[1]
     return (moe_dense if small else moe_grouped)(x, weights, ids, gate_up, gate_up_bias, down, down_bias, activation)

@@ -18,5 +18,5 @@ def rms_norm(x:torch.Tensor, # [tokens, hidden]
     "Divide rows by their root mean square, in float32; with a residual, add it first and return the sum too"
     if residual is not None: x = residual = x + residual
     weight = None if weight is None else weight.float()
-    y = F.rms_norm(x.float(), x.shape[-1:], weight, eps).to(x.dtype)
+    y = torch.rms_norm(x.float(), x.shape[-1:], weight, eps).to(x.dtype)
     return y if residual is None else (y, residual)

@@ -18,14 +18,14 @@ from .batch import Batch
 from . import parallel
 from .parallel import Shard
 from .layers import (AttentionWeights, MlpWeights, MoeWeights, take, attention_layer, mlp_layer, moe_layer,
-                              activation_of, embed, score_words)
+                              activation_of, embed, lay_out, score_words)
 
 # %% ../nbs/20_transformer.ipynb #99f4a548
 class Transformer:
     "`model(batch, kv) -> logits`"
     def __init__(self,
                  config:ModelConfig, # what to build
-                 weights:dict, # name -> tensor, this rank's part
+                 weights:dict, # name -> tensor, this rank's part; `lay_out` may re-order them
                  ops:Ops|None=None, # implementations; None = chosen for the weights' device
                  shard:Shard=Shard(), # which part of the model this is
                  all_reduce:Callable|None=None): # adds up tensors of all ranks; None = torch.distributed if need be
@@ -34,6 +34,7 @@ class Transformer:
         self.ops = ops or choose_ops(self.device, self.dtype)
         self.sum = all_reduce or partial(parallel.all_reduce, size=shard.size)
         self.share = shard.rank * len(self.table), self.sum if len(self.table) < config.vocab_size else None # its first word, and how ranks add up
+        if self.device.type == "cpu" and (self.ops.linear, self.ops.moe) == (Ops.linear, Ops.moe): lay_out(weights) # kernels want rows
         kinds = [(AttentionWeights, MoeWeights if config.has_experts(i) else MlpWeights) for i in range(config.num_layers)]
         self.layers = [tuple(take(cls, weights, f"layers.{i}.") for cls in pair) for i, pair in enumerate(kinds)]
         self.final_norm, self.lm_head = weights["final_norm"], weights["embed" if config.tie_embeddings else "lm_head"]

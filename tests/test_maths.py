@@ -4,6 +4,7 @@ import pytest, torch
 import torch.nn.functional as F
 
 from simplellm.config import RopeConfig
+from simplellm.layers import lay_out, sums_first
 from simplellm.moe import clamped_swiglu, moe, moe_dense, moe_grouped, moe_naive, route, swiglu
 from simplellm.mxfp4 import FP4_VALUES, dequantize_mxfp4, quantize_mxfp4
 from simplellm.norm import rms_norm
@@ -172,3 +173,31 @@ def test_swiglu():
     x = torch.randn(5, 32)
     gate_up = F.linear(x, torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]))
     torch.testing.assert_close(F.linear(swiglu(gate_up), mlp.down_proj.weight), mlp(x))
+
+# Where weights lie in memory
+
+def test_lay_out():
+    "Matrices are sorted by what is summed over; shapes and numbers stay, and so does what is looked up by row"
+    shapes = {"embed": (40, 64), "layers.0.mlp_norm": (64,), "layers.0.qkv_proj.weight": (256, 64),
+              "layers.0.gate_up_proj": (4, 96, 64), "layers.0.down_proj": (4, 64, 48), "layers.1.gate_up_proj.weight": (96, 64)}
+    before = {k: torch.randn(s) for k, s in shapes.items()} | {"layers.0.gate_up_proj.bias": torch.randn(4, 96)}
+    before["lm_head"] = before["embed"]
+    weights = dict(before)
+    lay_out(weights)
+    assert weights.keys() == before.keys() and all(weights[k].equal(before[k]) for k in before)
+    assert weights["lm_head"] is weights["embed"]
+    assert all(weights[k] is before[k] for k in ("embed", "layers.0.mlp_norm", "layers.0.gate_up_proj.bias"))
+    assert weights["layers.0.qkv_proj.weight"].stride() == (1, 256) and weights["layers.1.gate_up_proj.weight"].stride() == (1, 96)
+    assert weights["layers.0.gate_up_proj"].flatten(0, 1).stride() == (1, 4 * 96)
+    assert weights["layers.0.down_proj"].transpose(0, 1).flatten(1).stride() == (1, 64)  # neither is copied by `moe_dense`
+    for w in (torch.randn(4, 4).bfloat16(), quantize_mxfp4(torch.randn(2, 4, 32))): assert sums_first("down_proj", w) is w
+
+@pytest.mark.parametrize("tokens", [1, 16, 50])
+def test_experts_laid_out(tokens):
+    "Experts compute the same wherever their numbers lie"
+    weights = {"embed": torch.randn(1, 1), "gate_up_proj": torch.randn(4, 64, 64) / 8, "down_proj": torch.randn(4, 64, 32) / 8}
+    x, routed, biases = torch.randn(tokens, 64), route(torch.randn(tokens, 4), 2), (torch.randn(4, 64), torch.randn(4, 64))
+    run = lambda f: f(x, *routed, weights["gate_up_proj"], biases[0], weights["down_proj"], biases[1], clamped_swiglu)
+    want = [run(f) for f in (moe_naive, moe_dense, moe_grouped)]
+    lay_out(weights)
+    for f, y in zip((moe_naive, moe_dense, moe_grouped), want): torch.testing.assert_close(run(f), y, atol=1e-5, rtol=1e-5)
