@@ -9,15 +9,18 @@ __all__ = ['AOT', 'tile_sizes', 'count_splits', 'check_shapes', 'paged_attention
 import torch
 import triton
 import triton.language as tl
-from ..compile import TARGETS
+from ..compile import variant
 from ..config import check
-from .linear import counters
+from .linear import _last, counters
+from .norm import _in_turn
 
 # %% ../nbs/14_attention_kernel.ipynb #07599ff4
 @triton.jit
-def _find_tile(cu_q, R, tile, BQ: tl.constexpr, ROWS: tl.constexpr):
-    i = tl.arange(0, ROWS)
-    row = tl.sum((tl.load(cu_q + i, mask=i < R, other=2**30) // BQ + i <= tile).to(tl.int32), 0) - 1
+def _find_tile(cu_q, R, tile, BQ: tl.constexpr):
+    row = -1
+    for start in range(0, R, 128):
+        i = start + tl.arange(0, 128)
+        row += tl.sum((tl.load(cu_q + i, mask=i < R, other=2**30) // BQ + i <= tile).to(tl.int32), 0)
     return row, (tile - row - tl.load(cu_q + row) // BQ) * BQ
 
 @triton.jit
@@ -38,17 +41,15 @@ def _merge(parts, part_lse, at, used, mine, BM: tl.constexpr, D: tl.constexpr):
     return m, l, acc
 
 # %% ../nbs/14_attention_kernel.ipynb #d7fb408d
-@triton.jit
-def _attend(q, k_cache, v_cache, block_tables, seq_lens, cu_q, sinks, out, lse, parts, part_lse, arrived, R, least, scale,
+@triton.jit(do_not_specialize=["R", "splits", "least", "table_row"])
+def _attend(q, k_cache, v_cache, block_tables, seq_lens, cu_q, sinks, out, lse, parts, part_lse, arrived, R, splits, least, scale,
             q_token, q_head, table_row, G: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, BS: tl.constexpr,
-            BQ: tl.constexpr, BG: tl.constexpr, BN: tl.constexpr, ROWS: tl.constexpr, WINDOW: tl.constexpr,
-            SPLITS: tl.constexpr, FIXED: tl.constexpr, EXACT: tl.constexpr, PDL: tl.constexpr):
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
+            BQ: tl.constexpr, BG: tl.constexpr, BN: tl.constexpr, SINGLE: tl.constexpr, WINDOW: tl.constexpr,
+            SPLIT: tl.constexpr, FIXED: tl.constexpr, EXACT: tl.constexpr, PDL: tl.constexpr):
+    _in_turn(PDL)
     tile, h, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    if ROWS: row, first = _find_tile(cu_q, R, tile, BQ, ROWS)
-    else: row, first = tile, 0 # every row has one new token
+    if SINGLE: row, first = tile, 0 # every row has one new token
+    else: row, first = _find_tile(cu_q, R, tile, BQ)
     start, length = tl.load(cu_q + row), tl.load(seq_lens + row)
     count = tl.load(cu_q + row + 1) - start
     if first >= count: return
@@ -61,7 +62,7 @@ def _attend(q, k_cache, v_cache, block_tables, seq_lens, cu_q, sinks, out, lse, 
     begin, stop = 0, tl.cdiv(end, BN)
     if WINDOW: begin = tl.maximum(length - count + first - WINDOW + 1, 0) // BN
     if FIXED: per, base = FIXED, begin // FIXED * FIXED
-    else: per, base = tl.maximum(tl.cdiv(stop - begin, SPLITS), least), begin
+    else: per, base = tl.maximum(tl.cdiv(stop - begin, splits), least), begin
     used = tl.cdiv(stop - base, per)
     begin, stop = tl.maximum(begin, base + split * per), tl.minimum(stop, base + split * per + per)
     if (begin >= stop) & (split > 0): return
@@ -87,17 +88,14 @@ def _attend(q, k_cache, v_cache, block_tables, seq_lens, cu_q, sinks, out, lse, 
         l = l * fade + tl.sum(p, 1)
         acc = tl.dot(p.to(x.dtype), v, acc * fade[:, None], input_precision="ieee")
 
-    if SPLITS > 1:
+    if SPLIT:
         if used > 1:
             one = (tile * HK + h).to(tl.int64)
-            to, full = (one * SPLITS + split) * BM + r, tl.where(l == 0., 1., l)
+            to, full = (one * splits + split) * BM + r, tl.where(l == 0., 1., l)
             tl.store(parts + to[:, None] * D + d, acc / full[:, None], mask=mine[:, None])
             tl.store(part_lse + to, m + tl.log2(full), mask=mine)
-            tl.debug_barrier()
-            if tl.atomic_add(arrived + one, 1, sem="acq_rel") < used - 1: mine = r < 0 # somebody else will finish
-            else:
-                tl.store(arrived + one, 0)
-                m, l, acc = _merge(parts, part_lse, one * SPLITS * BM + r, used, mine, BM, D)
+            if _last(arrived + one, used): m, l, acc = _merge(parts, part_lse, one * splits * BM + r, used, mine, BM, D)
+            else: mine = r < 0 # somebody else will finish
     if lse is not None: tl.store(lse + at * (HK * G) + head, (m + tl.log2(tl.where(l == 0., 1., l))) * 0.6931471805599453, mask=mine)
     if sinks is not None: l += tl.exp2(tl.load(sinks + head, mask=mine, other=0.).to(tl.float32) * 1.4426950408889634 - m)
     acc = acc / tl.where(l == 0., 1., l)[:, None]
@@ -165,10 +163,9 @@ def paged_attention(q:torch.Tensor, # [T, heads, D] queries of all new tokens, r
     if T:
         _attend[tiles, HK, splits](
             q, k_cache, v_cache, block_tables, seq_lens, cu_seqlens_q, sinks, out, lse, parts, part_lse,
-            counters(q.device, triton.next_power_of_2(max(programs, 4096))), R, (256 if programs < 264 else 8192) // BN,
-            scale * 1.4426950408889634, q.stride(0), q.stride(1), block_tables.stride(0), G=HQ // HK, HK=HK, D=D, BS=BS,
-            ROWS=0 if max_q == 1 else max(16, triton.next_power_of_2(R)), WINDOW=window or 0, SPLITS=splits,
-            FIXED=4096 // BN if batch_invariant else 0, EXACT=exact, PDL=pdl, launch_pdl=pdl, **sizes)
+            counters(q.device, programs), R, splits, (256 if programs < 264 else 8192) // BN, scale * 1.4426950408889634,
+            q.stride(0), q.stride(1), block_tables.stride(0), G=HQ // HK, HK=HK, D=D, BS=BS, SINGLE=max_q == 1, WINDOW=window or 0,
+            SPLIT=splits > 1, FIXED=4096 // BN if batch_invariant else 0, EXACT=exact, PDL=pdl, launch_pdl=pdl, **sizes)
     return (out, lse) if return_lse else out
 
 # %% ../nbs/14_attention_kernel.ipynb #89ed251c
@@ -176,16 +173,14 @@ _SHAPES = {"gpt-oss": (64, 8, 64), "Llama": (32, 8, 64), "Qwen3": (32, 4, 128), 
 
 def _case(model, what, max_q=1, dtype="bf16", block_size=16, **fixed):
     "One representative compilation"
-    (HQ, HK, D), p, exact = _SHAPES[model], f"*{dtype}", dtype == "fp32"
-    types = dict.fromkeys(("q", "k_cache", "v_cache", "sinks", "out"), p) | dict.fromkeys(("block_tables", "seq_lens", "cu_q", "arrived"), "*i32") \
-        | dict(parts="*fp32", part_lse="*fp32", R="i32", least="i32", scale="fp32", q_token="i32:16", q_head="i32:16", table_row="i32")
-    if model != "gpt-oss": types.pop("sinks")
-    sizes = tile_sizes(D, HQ // HK, max_q, exact)
-    options = dict(num_warps=sizes.pop("num_warps"), num_stages=sizes.pop("num_stages"))
-    fixed = dict(lse=None, G=HQ // HK, HK=HK, D=D, BS=block_size, ROWS=0 if max_q == 1 else 64, WINDOW=0, SPLITS=1, FIXED=0, EXACT=exact, PDL=False) | fixed
-    return dict(fn=_attend, label=f"{model}, {what}", signature=types, constexprs=({} if "sinks" in types else dict(sinks=None)) | sizes | fixed,
-                targets=TARGETS[1:] if fixed["PDL"] else TARGETS, **options)
+    (HQ, HK, D), exact = _SHAPES[model], dtype == "fp32"
+    types = dict.fromkeys(("q", "k_cache", "v_cache", "sinks", "out"), f"*{dtype}") | dict(parts="*fp32", part_lse="*fp32", scale="fp32")
+    types |= dict.fromkeys(("block_tables", "seq_lens", "cu_q", "arrived"), "*i32") | dict(q_token="i32:16", q_head="i32:16")
+    types |= dict.fromkeys(("R", "splits", "least", "table_row"), "i32")
+    fixed = dict(G=HQ // HK, HK=HK, D=D, BS=block_size, SINGLE=max_q == 1, EXACT=exact, **tile_sizes(D, HQ // HK, max_q, exact)) | fixed
+    absent = dict(lse=None) if model == "gpt-oss" else dict(lse=None, sinks=None)
+    return variant(_attend, f"{model}, {what}", types, dict(WINDOW=0, SPLIT=False, FIXED=0, PDL=False) | absent | fixed)
 
-AOT = [_case("gpt-oss", "decode, splits", SPLITS=33), _case("gpt-oss", "decode, window, PDL", WINDOW=128, PDL=True),
-       _case("gpt-oss", "decode, slots", block_size=4096), _case("gpt-oss", "few tokens", 8, SPLITS=4), _case("gpt-oss", "prefill, window", 512, WINDOW=128),
-       _case("Llama", "prefill", 512), _case("Qwen3", "decode, splits", SPLITS=33), _case("Qwen3", "prefill", 512), _case("tiny", "decode, fp32", dtype="fp32")]
+AOT = [_case("gpt-oss", "decode, splits", SPLIT=True), _case("gpt-oss", "decode, window, PDL", WINDOW=128, PDL=True),
+       _case("gpt-oss", "decode, slots", block_size=4096), _case("gpt-oss", "few tokens", 8, SPLIT=True), _case("gpt-oss", "prefill, window", 512, WINDOW=128),
+       _case("Llama", "prefill", 512), _case("Qwen3", "decode, splits", SPLIT=True), _case("Qwen3", "prefill", 512), _case("tiny", "decode, fp32", dtype="fp32")]

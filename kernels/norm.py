@@ -9,17 +9,21 @@ __all__ = ['AOT', 'as_rows', 'row_block', 'rms_norm']
 import torch
 import triton
 import triton.language as tl
-from ..compile import TARGETS
+from ..compile import variant
 
 # %% ../nbs/10_norm_kernel.ipynb #eeee6f05
+@triton.jit
+def _in_turn(PDL: tl.constexpr): # what follows reads what the kernel before has written
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+
 @triton.jit
 def _rms_norm(x, weight, residual, y, total, H, eps, x_stride, r_stride, BLOCK: tl.constexpr, PDL: tl.constexpr):
     row, i = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     mask = i < H
     if weight is not None: w = tl.load(weight + i, mask=mask, other=0.).to(tl.float32)
-    if PDL: # what follows reads what the kernel before has written
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
+    _in_turn(PDL)
     v = tl.load(x + row * x_stride + i, mask=mask, other=0.)
     if residual is not None:
         r = tl.load(residual + row * r_stride + i, mask=mask, other=0.)
@@ -63,10 +67,9 @@ def rms_norm(x:torch.Tensor, # [tokens, hidden]
 # %% ../nbs/10_norm_kernel.ipynb #329844fd
 def _case(label, dtype="bf16", without=(), H=2880, pdl=False):
     "One representative compilation"
-    types = {n: f"*{dtype}" for n in ("x", "weight", "residual", "y", "total")} | dict(H="i32:16", eps="fp32", x_stride="i32:16", r_stride="i32:16")
-    block = row_block(H)
-    return dict(fn=_rms_norm, label=label, signature={n: t for n, t in types.items() if n not in without}, num_warps=block.pop("num_warps"),
-                constexprs=dict.fromkeys(without) | dict(PDL=pdl) | block, targets=TARGETS[1:] if pdl else TARGETS)
+    types = {n: f"*{dtype}" for n in ("x", "weight", "residual", "y", "total")}
+    types |= dict(H="i32:16", eps="fp32", x_stride="i32:16", r_stride="i32:16")
+    return variant(_rms_norm, label, types, dict.fromkeys(without) | dict(PDL=pdl, **row_block(H)))
 
 AOT = [_case("bf16 + residual"), _case("bf16 + residual, PDL", pdl=True), _case("bf16", without=("residual", "total")),
        _case("bf16, no weight", without=("weight", "residual", "total")), _case("fp16 + residual", "fp16"),

@@ -9,9 +9,10 @@ __all__ = ['AOT', 'sample']
 import torch
 import triton
 import triton.language as tl
-from ..compile import TARGETS
+from ..compile import variant
 from ..config import check
 from ..sampling import SamplingBatch, edit
+from .norm import _in_turn
 
 # %% ../nbs/14_sampling_kernel.ipynb #501335ca
 @triton.jit
@@ -37,9 +38,7 @@ def _luck(seeds, positions, row, seed_step, position_step):
 @triton.jit
 def _look(logits, temperatures, seeds, positions, floats, ints, V, S, stride, knob_step, seed_step, position_step,
           GREEDY: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr):
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
+    _in_turn(PDL)
     s, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     i = s * TILE + tl.arange(0, TILE)
     x = tl.load(logits + row * stride + i, mask=i < V, other=-float("inf")).to(tl.float32)
@@ -93,9 +92,7 @@ def _top_mass(logits, tops, V, S, k, low, high, n, mass, top, c, TILE: tl.conste
 @triton.jit
 def _choose(logits, knobs, top_ks, seeds, positions, floats, ints, ids, V, S, stride, knob, knob_step, k_step, seed_step, position_step,
             GREEDY: tl.constexpr, FILTER: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr, PDL: tl.constexpr):
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
+    _in_turn(PDL)
     row, s = tl.program_id(0).to(tl.int64), tl.arange(0, TILES)
     at, live = row * 3 * S + s, s < S
     tops = tl.load(floats + at, mask=live, other=-float("inf"))
@@ -110,7 +107,7 @@ def _choose(logits, knobs, top_ks, seeds, positions, floats, ints, ids, V, S, st
         score = tl.where(live, tl.load(floats + at + 2 * S, mask=live, other=0.) * fade, -1.)
         winner = tl.min(tl.where(score == tl.max(score, 0), tl.load(ints + at + S, mask=live, other=0), V - 1), 0)
         if FILTER:
-            k, p = tl.load(top_ks + row * k_step).to(tl.int32), tl.load(knobs + knob + row * knob_step)
+            k, p = tl.minimum(tl.load(top_ks + row * k_step), V).to(tl.int32), tl.load(knobs + knob + row * knob_step)
             min_p = tl.load(knobs + 2 * knob + row * knob_step)
             z, n_all, mine, tile_tops = tl.sum(tl.load(floats + at + S, mask=live, other=0.) * fade, 0), V, logits + row * stride, floats + row * 3 * S
             a, b = _luck(seeds, positions, row, seed_step, position_step)
@@ -155,13 +152,12 @@ def sample(logits:torch.Tensor, # [N, V] as the model gave them, float32 or 16 b
 # %% ../nbs/14_sampling_kernel.ipynb #c062521c
 def _case(fn, what, dtype="bf16", **fixed):
     "One representative compilation"
-    types = dict(logits=f"*{dtype}", knobs="*fp32", temperatures="*fp32", top_ks="*i64", seeds="*i64", positions="*i64", floats="*fp32", ints="*i32", ids="*i64") \
-        | dict.fromkeys(("S", "knob", "knob_step", "k_step", "seed_step", "position_step"), "i32") | dict.fromkeys(("V", "stride"), "i32:16")
-    fixed = dict(GREEDY=False, TILE=2048, PDL=False) | (dict(FILTER=True, TILES=128) if fn is _choose else {}) | fixed
-    absent = dict.fromkeys(("knobs", "temperatures", "top_ks", "seeds", "positions") if fixed["GREEDY"] else ())
-    signature = {n: types[n] for n in fn.arg_names if n in types and n not in absent}
-    return dict(fn=fn, label=f"{what}, {dtype}", signature=signature, constexprs={n: None for n in absent if n in fn.arg_names} | fixed, num_warps=8,
-                targets=TARGETS[1:] if fixed["PDL"] else TARGETS)
+    types = dict.fromkeys(("knobs", "temperatures", "floats"), "*fp32") | dict.fromkeys(("top_ks", "seeds", "positions", "ids"), "*i64")
+    types |= dict.fromkeys(("S", "knob", "knob_step", "k_step", "seed_step", "position_step"), "i32")
+    types |= dict(logits=f"*{dtype}", ints="*i32", V="i32:16", stride="i32:16")
+    fixed = dict(GREEDY=False, TILE=2048, PDL=False, num_warps=8) | (dict(FILTER=True, TILES=128) if fn is _choose else {}) | fixed
+    absent = ("knobs", "temperatures", "top_ks", "seeds", "positions") if fixed["GREEDY"] else ()
+    return variant(fn, f"{what}, {dtype}", types, fixed | {n: None for n in absent if n in fn.arg_names})
 
 AOT = [_case(_look, "race"), _case(_look, "race, PDL", "fp32", PDL=True), _case(_look, "greedy", GREEDY=True),
-       _case(_choose, "filters"), _case(_choose, "no filters", "fp32", FILTER=False)]
+       _case(_choose, "filters"), _case(_choose, "no filters", "fp32", FILTER=False), _case(_choose, "greedy", GREEDY=True, FILTER=False)]

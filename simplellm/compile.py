@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TARGETS', 'SM_SHARED', 'arch', 'AS_FILE', 'as_source', 'Compiled', 'cuobjdump', 'build', 'source_of', 'in_child',
-           'compile_kernel', 'instructions', 'loops', 'module_of', 'build_all', 'resources', 'table', 'all_kernels',
-           'main']
+           'compile_kernel', 'instructions', 'loops', 'variant', 'module_of', 'build_all', 'resources', 'table',
+           'all_kernels', 'main']
 
 # %% ../nbs/10_compile.ipynb #834d6718
 import argparse, importlib, importlib.util, inspect, json, os, pkgutil, re, subprocess, sys, tempfile
@@ -128,6 +128,20 @@ def loops(sass:str)->list[str]: # the longest first; a loop within another is in
         jump = re.search(r"\bBRA.* 0x([0-9a-f]+)$", line)
         if jump and at.get(int(jump[1], 16), i) < i: found.append("\n".join(lines[at[int(jump[1], 16)]:i + 1]))
     return sorted(found, key=len, reverse=True)
+
+# %% ../nbs/10_compile.ipynb #15eac769
+def variant(fn, # a `@triton.jit` function
+            label:str, # for the table
+            types:dict[str,str], # parameter -> type at run time, of more parameters than are left to it
+            fixed:dict, # compile-time parameter -> value, and options such as num_warps
+            targets:Iterable[str]=TARGETS # of these; with PDL only those that have it
+           )->dict: # what `build` takes, and `targets`
+    "An entry of a list AOT"
+    constexprs = {n: v for n, v in fixed.items() if n in fn.arg_names}
+    signature = {n: types[n] for n in fn.arg_names if n not in constexprs}
+    options = {n: v for n, v in fixed.items() if n not in constexprs}
+    if constexprs.get("PDL"): targets = [t for t in targets if arch(t) >= 90]
+    return dict(fn=fn, label=label, signature=signature, constexprs=constexprs, targets=targets, **options)
 
 # %% ../nbs/10_compile.ipynb #b385960e
 def module_of(where:str # its name, or a file

@@ -20,7 +20,8 @@ def example(rows, heads, kv_heads, D, block_size, dtype=torch.float32):
     ints = [t.to(device) for t in (tables, torch.tensor(lengths, dtype=torch.int32), torch.tensor((0,) + new).cumsum(0).int())]
     owned = torch.zeros(caches[0].shape[:2], dtype=torch.bool, device=device)
     for r, n in enumerate(lengths):
-        for i in range(n): owned[tables[r, i // block_size], i % block_size] = True
+        i = torch.arange(n)
+        owned[tables[r, i // block_size].long(), i % block_size] = True
     clean = [c.masked_fill(~owned[..., None, None], 0) for c in caches]
     dirty = [c.masked_fill(~owned[..., None, None], torch.nan) for c in caches]
     return (q, *dirty, *ints, max(new), max(lengths), D**-0.5), clean, sinks
@@ -29,7 +30,12 @@ def example(rows, heads, kv_heads, D, block_size, dtype=torch.float32):
     ([(1, 1)], 1, 1, 16, 16, None, torch.float32), ([(1, 17), (1, 16), (1, 1)], 6, 2, 32, 16, None, torch.float16),
     ([(1, 530), (1, 31)], 2, 1, 16, 8, None, torch.float32), ([(1, 65), (1, 200)], 5, 5, 16, 64, 33, torch.float32),
     ([(9, 9), (1, 3)], 4, 2, 32, 16, None, torch.float32), ([(2, 40), (33, 70), (1, 40)], 7, 1, 16, 5, 8, torch.float32),
-    ([(1, 2), (4, 520)], 2, 2, 16, 16, None, torch.float16), ([(3, 30)], 2, 1, 128, 512, 1, torch.float32)])
+    ([(1, 2), (4, 520)], 2, 2, 16, 16, None, torch.float16), ([(3, 30)], 2, 1, 128, 512, 1, torch.float32),
+    ([(1, 16411)], 1, 1, 16, 16, None, torch.float32), ([(1, 2600), (1, 1), (1, 257)], 2, 1, 32, 16, None, torch.float32), # many splits
+    ([(1, 131072), (1, 100001), (1, 127), (1, 129)], 2, 1, 16, 16, 128, torch.float32), # a window at the end of long contexts
+    ([(3, 131071), (200, 65537)], 1, 1, 16, 16, 128, torch.float32), # chunks behind a long prefix
+    ([(5, 1300), (1, 900), (7, 7)], 3, 1, 64, 16, None, torch.float32), ([(2, 270), (19, 19)], 4, 4, 128, 16, 128, torch.float16),
+    ([(1 + r % 2, 1 + r) for r in range(140)], 1, 1, 16, 16, None, torch.float32)]) # more rows than are searched at once
 def test_as_the_reference(rows, heads, kv_heads, D, block_size, window, dtype):
     from simplellm.attention import paged_attention as reference
     from simplellm.kernels.attention import paged_attention
@@ -38,7 +44,7 @@ def test_as_the_reference(rows, heads, kv_heads, D, block_size, window, dtype):
     got = paged_attention(*args, window=window, sinks=sinks, return_lse=True)
     want = reference(args[0], *clean, *args[3:], window=window, sinks=sinks, return_lse=True)
     for a, b in zip(got, want): torch.testing.assert_close(a, b, atol=STEP[dtype], rtol=STEP[dtype])
-    assert not counters(args[0].device, 4096).any()
+    assert not counters(args[0].device).any()
 
 def test_larger_limits_and_padding_rows_change_nothing():
     from simplellm.kernels.attention import paged_attention
@@ -47,9 +53,28 @@ def test_larger_limits_and_padding_rows_change_nothing():
     want = paged_attention(*args, sinks=sinks)
     lengths = torch.cat([lengths, lengths.new_zeros(2)])
     cu = torch.cat([cu, cu[-1:] + 1, cu[-1:] + 2])
-    padded = paged_attention(torch.cat([q, q[:2]]), k, v, torch.cat([tables, tables[:2]]), lengths, cu, 1, 4096, 0.25, sinks=sinks)
-    torch.testing.assert_close(padded[:3], want, atol=1e-6, rtol=1e-6)
-    assert not padded[3:].any()
+    for longest in 4096, 131072:
+        padded = paged_attention(torch.cat([q, q[:2]]), k, v, torch.cat([tables, tables[:2]]), lengths, cu, 1, longest, 0.25, sinks=sinks)
+        torch.testing.assert_close(padded[:3], want, atol=1e-6, rtol=1e-6)
+        assert not padded[3:].any()
+
+def test_caches_of_more_than_2_to_the_31_elements():
+    "Stored into the last block and read from there, as into and from a small cache"
+    from simplellm.config import RopeConfig
+    from simplellm.kernels.attention import paged_attention
+    from simplellm.kernels.rope import rope_store
+    from simplellm.rope import rope_table
+    shape, blocks, g = (16, 2, 32), 2**21 + 2, torch.Generator().manual_seed(0)
+    base = torch.empty(blocks + 1, *shape, dtype=torch.float16, device=device) # on a CPU, pages that nobody touches take no memory
+    large, small = (base[:-1], base[1:]), [torch.zeros(1, *shape, dtype=torch.float16, device=device) for _ in "kv"]
+    assert large[0][-1].data_ptr() - base.data_ptr() > 2 * 2**31
+    qkv, table, outs = torch.randn(3, 8 * 32, generator=g).to(device, torch.float16), rope_table(RopeConfig(), 32, 8, device), []
+    positions, ints = torch.arange(3, device=device), dict(dtype=torch.int32, device=device)
+    for caches, block in (large, blocks - 1), (small, 0):
+        q = rope_store(qkv.clone(), positions, table, *caches, positions + block * 16)
+        tables, length, cu = torch.tensor([[block]], **ints), torch.tensor([3], **ints), torch.tensor([0, 3], **ints)
+        outs.append(paged_attention(q, *caches, tables, length, cu, 3, 3, 32**-0.5))
+    assert outs[0].equal(outs[1]) and all(a[-1, :3].equal(b[0, :3]) for a, b in zip(large, small))
 
 def test_batch_invariance_over_chunks():
     from simplellm.kernels.attention import paged_attention

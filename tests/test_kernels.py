@@ -92,19 +92,28 @@ AOT = [dict(fn=_reverse, label=str(b), signature=dict(x="*fp32", y="*fp32"), con
     assert done.returncode == 1 and "8192" in done.stdout
 
 def test_the_whole_model_with_kernels():
-    "The shipped model, its experts in four bits: prefill, a chunk and decoding through all kernels at once"
+    "The shipped model, its experts in four bits: prefill, a chunk and decoding through all kernels at once, greedy and seeded"
+    from types import SimpleNamespace
     from simplellm.batch import make_batch
     from simplellm.checkpoint import Checkpoint
-    from simplellm.models import load_model, load_weights, read_config, tiny_path
+    from simplellm.models import load_weights, read_config, tiny_path
     from simplellm.ops import Ops, triton_ops
+    from simplellm.sampling import SamplingParams, make_sampling
     from simplellm.transformer import Transformer
-    plain, checkpoint, ops = load_model(dtype="float32", device="cpu"), Checkpoint(tiny_path()), Ops(**triton_ops())
+    checkpoint, ops = Checkpoint(tiny_path()), Ops(**triton_ops())
     c = read_config(checkpoint)
-    fast = Transformer(c, load_weights(checkpoint, c, torch.float32, dequantize=False, prepare=ops.prepare), ops)
+    load = lambda ops, **how: Transformer(c, load_weights(checkpoint, c, torch.float32, device, **how), ops)
+    plain, fast = load(Ops(), dequantize=True), load(ops, dequantize=False, prepare=ops.prepare)
     caches, g = (plain.new_cache(12), fast.new_cache(12)), torch.Generator().manual_seed(0)
-    tables, done = [[3, 1, 7, 9, 2], [0], [5, 4]], [0, 0, 0]
-    for new in ((66, 3, 1), (1, 2, 9)):  # the window is 64
-        rows = [(torch.randint(0, c.vocab_size, (n,), generator=g).tolist(), d, t, "last") for n, d, t in zip(new, done, tables)]
-        a, b = (m(make_batch(rows, 16), cache) for m, cache in zip((plain, fast), caches))
+    wishes, tables = [dict(temperature=0), {}, dict(top_k=30, top_p=0.95)], [[3, 1, 7, 9, 2], [0], [5, 4]]
+    requests = [SimpleNamespace(tokens=[], num_prompt=0, num_output=0, seed=2**40 - i, stop_ids=(), bad_words=(), params=SamplingParams(**w))
+                for i, w in enumerate(wishes)]
+    for new in (66, 3, 1), (1, 2, 9), None: # the window is 64; in the end each goes on with its own token
+        chunks = [torch.randint(0, c.vocab_size, (n,), generator=g).tolist() for n in new] if new else [[i] for i in ids]
+        rows = [(chunk, len(r.tokens), table, "last") for chunk, r, table in zip(chunks, requests, tables)]
+        a, b = (m(make_batch(rows, 16, device), cache) for m, cache in zip((plain, fast), caches))
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
-        done = [d + n for d, n in zip(done, new)]
+        for r, chunk in zip(requests, chunks): r.tokens += chunk
+        sb, greedy = make_sampling(requests, device), make_sampling(requests[:1], device)
+        ids = plain.ops.sample(a, sb).tolist()
+        assert fast.ops.sample(b, sb).tolist() == ids and fast.ops.sample(b[:1], greedy).tolist() == ids[:1]

@@ -67,24 +67,40 @@ def test_only_padding(T):
     assert (ids == -1).all() and not weights.any()
     assert not ours.moe(noise(g, T, 32) * torch.nan, weights, ids, *mine, clamped).any()
 
-@pytest.mark.parametrize("T,E,k,active", [(33, 5, 2, None), (70, 128, 1, 68), (17, 9, 4, 0), (40, 16, 7, 40), (26, 40, 5, 1)])
+@pytest.mark.parametrize("T,E,k,active", [(33, 5, 2, None), (70, 128, 1, 68), (17, 9, 4, 0), (40, 16, 7, 40), (26, 40, 5, 1),
+                                          (300, 4, 3, 299), (515, 33, 4, None), (1025, 2, 2, 1000), (400, 513, 6, 7)]) # up to several chunks
 def test_routing_lists_assignments_by_expert(T, E, k, active):
     g = torch.Generator().manual_seed(T)
     logits = noise(g, T, E)
-    _, ids = ours.route(logits, k, active=None if active is None else torch.tensor(active, dtype=torch.int32, device=device))
+    weights, ids = ours.route(logits, k, active=None if active is None else torch.tensor(active, dtype=torch.int32, device=device))
     order, offsets = ids.groups
     flat = ids.flatten()[:k * (T if active is None else active)]
     assert (ids.flatten()[len(flat):] == -1).all() and not ours.counters(ids.device).any()
     assert order[:len(flat)].equal(flat.argsort(stable=True).int())
     assert offsets.tolist() == [0, *flat.bincount(minlength=E).cumsum(0).tolist()]
+    assert (weights == 0).sum() == T * k - len(flat)
     other = ours.group(ids, E) # what ids from elsewhere get
     assert other[0][:len(flat)].equal(order[:len(flat)]) and other[1].equal(offsets)
 
-def test_few_and_very_many_assignments_are_not_listed():
-    g = torch.Generator().manual_seed(0)
-    for T in 2, 600:
-        _, ids = ours.route(noise(g, T, 3), 2)
-        assert not hasattr(ids, "groups")
+def test_few_assignments_are_not_listed():
+    assert not hasattr(ours.route(noise(torch.Generator(), 32, 3), 2)[1], "groups")
+
+def test_logits_that_are_no_numbers_still_name_experts():
+    logits = noise(torch.Generator(), 40, 5)
+    logits[3], logits[7, 2], logits[9] = torch.nan, torch.nan, -torch.inf
+    _, ids = ours.route(logits, 3)
+    assert ((0 <= ids) & (ids < 5)).all() and ids.groups[1][-1] == 120
+
+def test_many_experts_whose_weights_pass_2_to_the_31_elements():
+    E, H, I = 2**20 + 3, 32, 32
+    gate_up, down = (torch.empty(E, *shape, dtype=torch.float16, device=device) for shape in ((2 * I, H), (H, I))) # pages nobody touches take no memory on a CPU
+    assert gate_up.numel() > 2**31
+    g, last = torch.Generator().manual_seed(0), torch.tensor([[E - 1, E - 2]], device=device)
+    for w in gate_up, down: w[-2:] = noise(g, *w[-2:].shape, dtype=torch.float16) / 32**0.5
+    x, weights = noise(g, 1, H, dtype=torch.float16), torch.tensor([[0.5, 0.25]], device=device)
+    got = ours.moe(x, weights, last, gate_up, None, down, None, clamped)
+    want = plain.moe(x, weights, last - E + 2, gate_up[-2:], None, down[-2:], None, clamped)
+    torch.testing.assert_close(got, want, atol=2**-7, rtol=2**-7)
 
 def test_weights_that_do_not_sum_to_one():
     logits = noise(torch.Generator().manual_seed(2), 5, 13)

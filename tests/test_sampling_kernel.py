@@ -23,7 +23,7 @@ def logits_of(V, n, kind):
     return x.to(device)
 
 WISHES = [dict(), dict(temperature=0), dict(top_k=2), dict(top_p=0.3), dict(top_k=6, top_p=0.9), dict(min_p=0.3, top_p=0.8), dict(top_k=8, top_p=0.6, temperature=3.0),
-          dict(top_k=300, top_p=0.5, min_p=0.001), dict(top_k=1, top_p=1e-3), dict(temperature=1e-3)]
+          dict(top_k=300, top_p=0.5, min_p=0.001), dict(top_k=1, top_p=1e-3), dict(temperature=1e-3), dict(top_k=2**32 + 1)]
 
 @pytest.mark.parametrize("V,kind,tile", [(1, "plain", 16), (17, "ties", 16), (100, "banned", 32), (33, "negative", 32), (64, "zeros", 64), (130, "ties", 64)])
 def test_the_same_tokens(V, kind, tile):
