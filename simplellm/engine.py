@@ -98,9 +98,10 @@ class NoReader:
 class Reader(NoReader):
     "Reads a raw completion, or the harmony of a chat: what is thought, what is said, which functions are called"
     def __init__(self, tokenizer, params:SamplingParams, chat:bool=False):
-        skips, self.chat, self.shows_end = params.skip_special_tokens, chat, params.include_stop_str_in_output
-        self.source = HarmonyParser(tokenizer) if chat else Detokenizer(tokenizer, skip_special_tokens=skips)
-        self.stops = StopStrings([params.stop] if isinstance(params.stop, str) else params.stop or ())
+        self.chat, self.shows_end = chat, params.include_stop_str_in_output
+        self.stops = StopStrings(params.stop or (), self.shows_end)
+        if chat: self.source = HarmonyParser(tokenizer)
+        else: self.source = Detokenizer(tokenizer, skip_special_tokens=params.skip_special_tokens)
         self.said, self.where = [], (None, None) # what the user sees; channel and recipient of the last text
 
     stopped = property(lambda self: self.stops.found)
@@ -110,20 +111,14 @@ class Reader(NoReader):
 
     def read(self, news:Delta|str|None, check_stop:bool=True):
         if isinstance(news, Delta): self.where, news = (news.channel, news.recipient), news.text
-        if news and self.where[0] in ("final", None): news = self.say(news, check_stop)
+        if news and self.where[0] in ("final", None):
+            news = self.stops.feed(news, check_stop)
+            self.said.append(news)
         return news or "", *self.where
-
-    def say(self, text:str, check_stop:bool)->str: # without what a stop string may begin with
-        stops = self.stops
-        if stops.found: return ""
-        if stops.matches: text = stops.feed(text) if check_stop else stops.release() + text
-        if stops.found and not self.shows_end: text = text.removesuffix(stops.found)
-        self.said.append(text)
-        return text
 
     def finish(self):
         text, *where = self.read(self.source.finish())
-        held = "" if self.stopped else self.stops.release()
+        held = self.stops.release() # what might have become a stop string
         self.said.append(held)
         return text + held, *(("final", None) if held and self.chat else where)
 
@@ -275,7 +270,8 @@ def make_chunk(c:Choice, text:str, channel:str|None, recipient:str|None)->Chunk:
     "What a stream has not seen yet"
     start, c.sent = c.sent, c.request.num_output
     tokens, logprobs = c.request.tokens[c.request.num_prompt + start:], c.output.logprobs
-    return Chunk(c.output.index, text, tokens, logprobs and logprobs[start:], None, None, channel, recipient, c.job.id)
+    return Chunk(c.output.index, text, tokens, logprobs and logprobs[start:], channel=channel, recipient=recipient,
+                 request_id=c.job.id)
 
 # %% ../nbs/27_engine.ipynb #71bd3f06
 def readable(score:tuple, # ids, logprobs, rank from the runner
