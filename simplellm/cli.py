@@ -29,7 +29,7 @@ from .tokenizer import TokenizerError, load_tokenizer
 
 # %% ../nbs/32_cli.ipynb #d3a36b7b
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
-                  help="A minimal, fast LLM inference engine.")
+                  help='A minimal, fast LLM inference engine. To begin: simplellm ask "What is 27 + 58?"')
 
 def argument(kind, text:str):
     "A value by its place"
