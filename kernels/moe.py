@@ -92,8 +92,9 @@ def new_groups(ids, E)->tuple[torch.Tensor, torch.Tensor]: # order [T*k], offset
 def route_sizes(T:int, E:int, top_k:int)->dict:
     "Tokens of a program; blocks that hold the experts, a token's choice, and a chunk of the list"
     power = triton.next_power_of_2
-    CHUNK = min(max(power(T * top_k), 256), 2048)
-    return dict(BT=CHUNK // 256, BE=power(E), BK=power(top_k), CHUNK=CHUNK, num_warps=CHUNK // 256)
+    CHUNK = min(max(power(T * top_k), 128), 2048)
+    warps = min(CHUNK // 128, 8)
+    return dict(BT=warps, BE=power(E), BK=power(top_k), CHUNK=CHUNK, num_warps=warps)
 
 # %% ../nbs/13_moe_kernel.ipynb #d4f079b8
 @triton.jit(do_not_specialize=["A"])
@@ -236,11 +237,11 @@ def check(x, weights, ids, gate_up, down, act)->tuple[int, int, int]: # E, H, I
     return E, H, I
 
 # %% ../nbs/13_moe_kernel.ipynb #07393f6d
-def product(x, w, bias, out, weights, ids, groups, y, div, act, pdl):
+def product(x, w, bias, out, weights, ids, groups, y, div, act, most, pdl):
     "One of the two products for all assignments: x [T or A, K] -> out [A, N or N/2], and y if tokens are few"
     E, N, K = w.shape
     A, top_k, packed = ids.numel(), ids.shape[1], isinstance(w, Prepared)
-    sizes = tile_sizes(A, E, x.dtype == torch.float32, packed)
+    sizes = tile_sizes(min(A, most), E, x.dtype == torch.float32, packed)
     sides = (w.words, w.scales, bias, out) if packed else (w.contiguous(), None, bias, out)
     rest = N, K, w.words.shape[2] if packed else 0, x.stride(0), *act[1:]
     fixed = dict(DIV=div, ACT=act[0], DOT=dot_type(x), PDL=pdl, launch_pdl=pdl, **sizes)
@@ -260,6 +261,7 @@ def moe(x:torch.Tensor, # [T, H]
         down:torch.Tensor|Prepared, # [E, H, I]
         down_bias:torch.Tensor|None, # [E, H]
         activation:Callable, # swiglu or clamped_swiglu
+        batch_invariant:bool=False, # the same bits whoever else is in the batch?
         pdl:bool=False # start before the previous kernel ends; Hopper and newer
        )->torch.Tensor: # [T, H], zeros for padding
     "`simplellm.moe.moe` without asking the CPU which experts were chosen"
@@ -268,9 +270,10 @@ def moe(x:torch.Tensor, # [T, H]
     weights, ids, y = weights.contiguous(), ids.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
     hidden, out = x.new_empty(T * k, I), x.new_empty(T * k, H)
     if not T: return y
+    most = 32 * E if batch_invariant else T * k # larger tiles take another instruction, which may round otherwise
     groups = None if T * k <= FEW else getattr(ids, "groups", None) or group(ids, E, pdl)
-    product(x, gate_up, gate_up_bias, hidden, weights, ids, groups, None, k, act, pdl)
-    product(hidden, down, down_bias, out, weights, ids, groups, y if groups is None else None, 1, (None, 0., 0.), pdl)
+    product(x, gate_up, gate_up_bias, hidden, weights, ids, groups, None, k, act, most, pdl)
+    product(hidden, down, down_bias, out, weights, ids, groups, y if groups is None else None, 1, (None, 0., 0.), most, pdl)
     if groups is not None: _combine[(T, triton.cdiv(H, 1024))](out, weights, ids, y, T, H, TOPK=k, BLOCK=1024, PDL=pdl, launch_pdl=pdl)
     return y
 

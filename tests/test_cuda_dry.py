@@ -1,0 +1,121 @@
+"""The way of a request on a GPU, walked without one: gpt-oss-120b's sizes, tensors without data on another device, and launches that are
+only written down. Two questions: does anything mix devices or wait for a number, and does serving need a kernel that the rehearsal lacked?"""
+import random
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from simplellm import SamplingParams
+from simplellm import memory, runner as runners
+from simplellm.blocks import BlockPool
+from simplellm.config import EngineConfig
+from simplellm.cudagraph import Graphs
+from simplellm.models import read_config, tensor_table
+from simplellm.ops import choose_ops
+from simplellm.sampling import top_logprobs
+from simplellm.scheduler import Request, Scheduler
+from simplellm.synthetic import open_synthetic
+from simplellm.transformer import Transformer
+
+triton = pytest.importorskip("triton")
+GPU = torch.device("meta") # has shapes and strides, and nothing that could be looked at
+
+class OneDevice(TorchDispatchMode):
+    "Refuses operations on tensors of two devices, except copies from one to the other"
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        places = {t.device for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor) and t.dim()}
+        copies = func.overloadpacket in (torch.ops.aten._to_copy, torch.ops.aten.copy_)
+        assert len(places) < 2 or copies or self.allowed(func, args), f"{func} mixes {places}"
+        return func(*args, **kwargs or {})
+
+    def allowed(self, func, args): # indices may come from the host: they are copied
+        return func.overloadpacket is torch.ops.aten.index and args[0].device == GPU
+
+def specialized(value, plain=False):
+    "What Triton compiles in of an argument"
+    if isinstance(value, torch.Tensor): return value.dtype, value.storage_offset() * value.itemsize % 16 == 0
+    if type(value) is not int or plain: return value if value is None else type(value)
+    return 1 if value == 1 else ("int", value % 16 == 0, value < 2**31)
+
+class Launches:
+    "Stands in for Triton: notes which variant of which kernel is launched"
+    def __init__(self): self.variants = set()
+
+    def launch(self, kernel, *args, grid, warmup, **options):
+        fixed = [n for n, a in kernel.fn.__annotations__.items() if "constexpr" in str(a)]
+        plain = getattr(kernel, "kwargs", vars(kernel)).get("do_not_specialize") or ()
+        named = dict(zip(kernel.arg_names, args)) | options
+        where = {n: t.device for n, t in named.items() if isinstance(t, torch.Tensor)}
+        assert set(where.values()) <= {GPU}, f"{kernel.__name__} gets {where}"
+        assert all(0 < n < (2**31 if i == 0 else 2**16) for i, n in enumerate(grid)), f"{kernel.__name__}{grid}"
+        known = {n: v if n in fixed or n not in kernel.arg_names else specialized(v, n in plain) for n, v in named.items()}
+        self.variants.add((kernel.__name__, *sorted(known.items(), key=str)))
+
+@pytest.fixture
+def launches(monkeypatch):
+    "Writes down launches, takes tokens and scores that never arrive as zeros, and leaves CUDA's counters at zero"
+    from triton.runtime.interpreter import InterpretedFunction
+    seen = Launches()
+    for kind in InterpretedFunction, triton.JITFunction: monkeypatch.setattr(kind, "run", lambda self, *a, **kw: seen.launch(self, *a, **kw))
+    monkeypatch.setattr(runners, "fetch", lambda ids: (torch.zeros(len(ids), dtype=torch.int64), None))
+    def score(logits, tokens, ks):
+        top_logprobs(logits, torch.tensor(tokens, device=logits.device), max(ks))
+        return [([0], [0.], 1)] * len(tokens)
+    monkeypatch.setattr(runners, "score", score)
+    for name in "memory_allocated", "max_memory_allocated", "reset_peak_memory_stats": monkeypatch.setattr(torch.cuda, name, lambda device: 0)
+    return seen
+
+def hollow(name):
+    "A model of the right shapes with no numbers in it"
+    from simplellm.kernels.mxfp4 import Prepared
+    c, weights = read_config(open_synthetic(name, "cpu")), {}
+    for row in tensor_table(c): weights.setdefault(row.ours, []).append(row)
+    new = lambda *shape, dtype=torch.bfloat16: torch.empty(shape, dtype=dtype, device=GPU)
+    def weight(rows):
+        if not rows[0].packed: return new(sum(r.shape[0] for r in rows), *rows[0].shape[1:])
+        E, N, G = rows[1].shape
+        return Prepared(new(E, -(-N // 16), -(-G // 2), 128, dtype=torch.int32), new(E, -(-N // 16), -(-G // 4), 16, dtype=torch.int32), (E, N, 32 * G))
+    return Transformer(c, {name: weight(rows) for name, rows in weights.items()}, choose_ops("cuda", torch.bfloat16, pdl=True))
+
+def traffic(e, longest, count, luck):
+    "Requests of all kinds"
+    for i in range(count):
+        n = luck.choice([luck.randint(1, 40), luck.randint(1, 1000), min(luck.randint(1, 9000), longest - 40), longest - 20])
+        shared = [7] * luck.choice([0, 0, n - 1, luck.randrange(n)])
+        wish = luck.choice([dict(), dict(temperature=0), dict(top_p=.9), dict(top_k=5), dict(min_p=.1), dict(repetition_penalty=1.2), dict(logprobs=2),
+                            dict(logit_bias={3: 1.}), dict(prompt_logprobs=0), dict(bad_words=["x"]), dict(allowed_token_ids=[1, 2], temperature=0)])
+        tokens = (shared + [luck.randrange(1000) for _ in range(n)])[:n]
+        yield Request(str(i), tokens, SamplingParams(max_tokens=luck.randint(1, 9), ignore_eos=True, **wish), i, bad_words=((4,),) if "bad_words" in wish else ())
+
+def serve(model, e, longest, graphs, count, seed):
+    luck, pool = random.Random(seed), BlockPool(3 * longest // e.block_size, e.block_size)
+    kv = model.new_cache(pool.num_blocks + 1, e.block_size)
+    made = Graphs(model, kv, e.max_num_seqs, longest) if graphs else None
+    s, runner = Scheduler(e, pool, longest), runners.Runner(model, kv, GPU, made, model.ops.sample)
+    coming, steps = list(traffic(e, longest, count, luck)), 0
+    while coming or s.waiting or s.running:
+        while coming and luck.random() < .6: s.add(coming.pop())
+        if luck.random() < .05 and s.running: s.cancel(luck.choice(s.running))
+        step = s.schedule()
+        if step: s.update(step, runner.run(step).ids)
+        steps += step is not None
+    return steps
+
+@pytest.mark.parametrize("settings, longest, graphs", [(dict(), 131072, True), (dict(max_num_seqs=64, max_num_batched_tokens=512), 1128, False)])
+def test_what_is_served_was_rehearsed(launches, settings, longest, graphs):
+    model, e, luck = hollow("synthetic:gpt-oss-120b?layers=2"), EngineConfig(**settings), random.Random(0)
+    with OneDevice():
+        memory.measure_step(model, e, longest, torch.bfloat16)
+        eager = len(launches.variants)
+        if graphs:
+            made = Graphs(model, model.new_cache(2), e.max_num_seqs, longest)
+            for n in made.sizes: made.compute(n)
+        before = set(launches.variants)
+        steps = serve(model, e, longest, graphs, 30, 0)
+        runner = runners.Runner(model, model.new_cache(1), GPU, sample=model.ops.sample)
+        for n in (*range(1, 35), 100, 511):
+            for past in {0, 7, 300, 600, 5000, 17000, longest - n}:
+                if n + past <= longest: memory.rehearse(runner, [(n, past), *[(1, 3)] * luck.choice([0, 1, 30, 63])], prompt_logprobs=luck.choice([None, 1]))
+    new = launches.variants - before
+    print(len(before), "variants,", eager, "of them before graphs are recorded;", steps, "steps")
+    assert steps > 30 and not new, "\n".join(map(str, new))
