@@ -111,7 +111,7 @@ def _choose(logits, knobs, top_ks, seeds, positions, floats, ints, ids, V, S, st
             min_p = tl.load(knobs + 2 * knob + row * knob_step)
             z, n_all, mine, tile_tops = tl.sum(tl.load(floats + at + S, mask=live, other=0.) * fade, 0), V, logits + row * stride, floats + row * 3 * S
             a, b = _luck(seeds, positions, row, seed_step, position_step)
-            least = tl.where(min_p > 0, top + tl.log2(tl.maximum(min_p, 1e-38)) / c, -float("inf"))
+            least = tl.where(min_p > 0, top + tl.log2(tl.maximum(min_p, 2e-38)) / c, -float("inf"))
             if (min_p > 0) & (cold == 0): n_all, z, winner = _ahead(mine, tile_tops, V, S, least, V, top, c, a, b, True, TILE)
             searched = (k <= 0) | (k >= n_all)
             todo, rest = ((k > 0) | (p < 1)) & (cold == 0), V + 1
