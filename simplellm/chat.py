@@ -80,8 +80,7 @@ class Detokenizer:
         self._tokenizer, self._skip, self._stops = tokenizer, skip_special_tokens, StopStrings(stop, include_stop)
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
-    @property
-    def stopped(self)->str|None: return self._stops.found # the stop string that ended the text
+    stopped = property(lambda self: self._stops.found, doc="The stop string that ended the text, or None")
 
     def feed(self, id:int, check_stop:bool=True # False: this text cannot be part of a stop string
             )->str: # what may be shown now
@@ -230,9 +229,9 @@ def tools_text(tools:list[dict] # OpenAI-style function tools
               )->str:
     "The functions as one TypeScript namespace"
     lines = ["# Tools", "", "## functions", "", "namespace functions {", ""]
-    for tool in tools:
-        tool = tool.get("function", tool)
-        if not tool.get("name"): raise ChatError(f"a tool has no name: {tool}")
+    for given in tools:
+        tool = read_schema(read_schema(given).get("function", given))
+        if not tool.get("name"): raise ChatError(f"a tool has no name: {given}")
         about, params = (tool.get("description") or "").replace("\r\n", "\n"), tool.get("parameters")
         lines += [f"// {line}" for line in about.removesuffix("\n").split("\n") if about]
         lines += [f"type {tool['name']} = ({'' if params is None else '_: ' + ts_type(params)}) => any;", ""]
@@ -268,12 +267,12 @@ def body_of(message:dict)->str|tuple[str, ...]:
     content = message.get("content")
     if content is None: raise ChatError("no content")
     if isinstance(content, str): return content
-    if not (isinstance(content, list) and all(isinstance(part, dict) and "type" in part for part in content)):
-        if message["role"] == "tool": return json.dumps(content, ensure_ascii=False)
-        raise ChatError(f"content is {type(content).__name__}, expected text or a list of parts")
-    odd = [part["type"] for part in content if part["type"] != "text"]
-    if odd: raise ChatError(f"content has a part of type {odd[0]}, expected text")
-    return tuple(part["text"] for part in content)
+    if isinstance(content, list) and all(isinstance(part, dict) and "type" in part for part in content):
+        odd = [part["type"] for part in content if part["type"] != "text" or not isinstance(part.get("text"), str)]
+        if odd: raise ChatError(f"content has a part of type {odd[0]} without text, expected parts of type text")
+        return tuple(part["text"] for part in content)
+    if message["role"] == "tool": return json.dumps(content, ensure_ascii=False)
+    raise ChatError(f"content is {type(content).__name__}, expected text or a list of parts")
 
 # %% ../nbs/03_chat.ipynb #9a98bae7
 def call_message(call:dict)->Message:
@@ -289,7 +288,7 @@ def assistant_messages(message:dict)->list[Message]:
     "Thinking, then calls or an answer"
     thinking = next((message[k] for k in ("thinking", "reasoning_content", "reasoning") if message.get(k)), None)
     calls, content = message.get("tool_calls") or [], message.get("content")
-    out = [Message("assistant", thinking, "analysis")] if thinking else []
+    out = [Message("assistant", body_of(message | dict(content=thinking)), "analysis")] if thinking else []
     if content or content is not None and not calls:
         out.append(Message("assistant", body_of(message), "commentary" if calls else "final"))
     if not (out or calls): raise ChatError("an assistant message needs content, thinking or tool_calls")
@@ -302,7 +301,8 @@ def tool_message(message:dict, before:list[dict])->Message:
     names = (call.get("function", call)["name"] for call in reversed(calls) if id in (None, call.get("id")))
     name = message.get("name") or next(names, None)
     if not name: raise ChatError(f"no name, and no call with id {id!r} before it")
-    return Message("tool", body_of(message), "commentary", "assistant", name=name if "." in name else f"functions.{name}")
+    if "." not in name: name = f"functions.{name}"
+    return Message("tool", body_of(message), "commentary", "assistant", name=name)
 
 # %% ../nbs/03_chat.ipynb #ccae3b7a
 def read_message(message:dict, before:list[dict], # the messages so far
@@ -311,12 +311,12 @@ def read_message(message:dict, before:list[dict], # the messages so far
     "The harmony messages of one dictionary"
     role = message.get("role")
     if role not in ROLES: raise ChatError(f"unknown role {role!r}")
-    fields = {key: message[key] for key in ("channel", "recipient", "content_type") if message.get(key) is not None}
+    fields = {k: str(message[k]) for k in ("channel", "recipient", "content_type") if message.get(k) is not None}
     if role == "assistant" and not fields: return assistant_messages(message)
     if role == "tool" and not fields: return [tool_message(message, before)]
-    body = body_of(message)
-    if role in ("system", "developer"): role, body = "developer", developer_text("".join(body), None if before else functions)
-    return [Message(role, body, **fields, name=message.get("name"))]
+    body, name = body_of(message), message.get("name")
+    if role not in ("system", "developer"): return [Message(role, body, **fields, name=name)]
+    return [Message("developer", developer_text("".join(body), None if before else functions), **fields, name=name)]
 
 # %% ../nbs/03_chat.ipynb #ba22d59e
 def read_messages(messages:list[dict], tools:list[dict]|None=None)->list[Message]:
@@ -393,7 +393,8 @@ def parse_header(text:str, # special tokens written out
     "The best reading of a header"
     channels = [c for c in _channel.findall(text) if c]
     words = _constrain.sub(f" {CONSTRAIN}", _channel.sub("", text)).split()
-    if role is None: role = next((w for w in words[:1] if w in ROLES or ended and not w.startswith(_marks)), "assistant")
+    named = words and (words[0] in ROLES or ended and not words[0].startswith(_marks))
+    if role is None: role = words[0] if named else "assistant"
     if words[:1] == [role]: del words[0]
     recipient, kind = ([None, *(w.removeprefix("to=") for w in words if w.startswith(mark))][-1] for mark in _marks)
     left = [w for w in words if not w.startswith(_marks)]
@@ -406,14 +407,14 @@ def parse_header(text:str, # special tokens written out
 # %% ../nbs/03_chat.ipynb #e5d3a521
 HEADER, BODY, BETWEEN = range(3) # states, the columns of STEPS
 STEPS = dict( # kind of token -> in each state a flag, or none, and actions
-    text=     ((None, "collect"),                 (None, "emit"),                        ("missing_start", "head collect")),
-    channel=  ((None, "collect"),                 ("missing_end", "close head collect"), ("missing_start", "head collect")),
-    constrain=((None, "collect"),                 ("unexpected_token", ""),              ("missing_start", "head collect")),
-    message=  ((None, "open"),                    ("unexpected_token", ""),              ("missing_start", "head open")),
-    start=    (("missing_message", "close head"), ("missing_end", "close head"),         (None, "head")),
-    end=      (("missing_message", "close"),      (None, "done"),                        ("unexpected_token", "")),
-    stop=     (("missing_message", "close"),      ("missing_end", "close"),              ("unexpected_token", "")),
-    junk=     (("unexpected_token", ""),          ("unexpected_token", ""),              ("unexpected_token", "")))
+    text=     ((None, "keep"),                    (None, "emit"),                     ("missing_start", "head keep")),
+    channel=  ((None, "keep"),                    ("missing_end", "close head keep"), ("missing_start", "head keep")),
+    constrain=((None, "keep"),                    ("unexpected_token", ""),           ("missing_start", "head keep")),
+    message=  ((None, "open"),                    ("unexpected_token", ""),           ("missing_start", "head open")),
+    start=    (("missing_message", "close head"), ("missing_end", "close head"),      (None, "head")),
+    end=      (("missing_message", "close"),      (None, "done"),                     ("unexpected_token", "")),
+    stop=     (("missing_message", "close"),      ("missing_end", "close"),           ("unexpected_token", "")),
+    junk=     (("unexpected_token", ""),          ("unexpected_token", ""),           ("unexpected_token", "")))
 KINDS = {START: "start", CHANNEL: "channel", CONSTRAIN: "constrain", MESSAGE: "message", END: "end", RETURN: "end",
          CALL: "end", "<|endoftext|>": "stop"}
 
@@ -464,7 +465,7 @@ class HarmonyParser:
     def _act(self, action:str, data:bytes)->Delta|None:
         "One action of STEPS"
         if action == "emit": return self._body.add(data)
-        elif action == "collect": self._head.append(data)
+        elif action == "keep": self._head.append(data)
         elif action == "head": self._state, self._role, self._head = HEADER, None, []
         elif action == "open": self._open(*self._read(ended=True))
         else: return self._close(complete=action == "done")
@@ -564,8 +565,8 @@ class Template:
     def pick(self, tools:list|None)->str:
         "The one for a conversation with or without functions"
         name = "tool_use" if tools and "tool_use" in self.named else "default"
-        if name not in self.named: raise ChatError(f"chat templates {', '.join(self.named)}: expected one that is named default")
-        return self.named[name]
+        if name in self.named: return self.named[name]
+        raise ChatError(f"chat templates {', '.join(self.named)}: expected one that is named default")
 
 # %% ../nbs/03_chat.ipynb #ed88d43a
 def read_template(folder:Path # of the checkpoint
@@ -580,8 +581,9 @@ def read_template(folder:Path # of the checkpoint
                                             and isinstance(t.get("template"), str) for t in listed)
     require(fits, files[1], f"chat_template {found!r:.40}, expected a text or a list of objects with name and template")
     extra = {f.stem: f.read_text("utf-8") for f in folder.glob("additional_chat_templates/*.jinja")}
-    tokens = {k: v.get("content") if isinstance(v, dict) else v for k, v in (more | config).items() if k.endswith("_token")}
-    return Template({t["name"]: t["template"] for t in listed} | extra, {k: v for k, v in tokens.items() if isinstance(v, str)})
+    tokens = {k: v.get("content") if isinstance(v, dict) else v for k, v in (more | config).items()}
+    tokens = {k: v for k, v in tokens.items() if k.endswith("_token") and isinstance(v, str)}
+    return Template({t["name"]: t["template"] for t in listed} | extra, tokens)
 
 # %% ../nbs/03_chat.ipynb #3848fc27
 def encode_chat(tokenizer:Tokenizer, messages:list[dict], tools:list[dict]|None=None,

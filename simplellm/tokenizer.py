@@ -12,7 +12,7 @@ __all__ = ['expressible', 'GPT2_PATTERN', 'O200K_PATTERN', 'SPACE', 'BYTE_NAMES'
            'read_tiktoken', 'LibraryTokenizer', 'open_library', 'open_json', 'load_tokenizer']
 
 # %% ../nbs/02_tokenizer.ipynb #45a5e26f
-import base64, gc, json, re, threading, unicodedata
+import base64, json, re, threading, unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial, reduce
@@ -84,9 +84,9 @@ def unreachable(merges:list[tuple[str, str]], # in order
     rank, seen, lost = {pair: i for i, pair in enumerate(merges)}, set(alphabet), set()
     for a, b in merges:
         *_, found = bpe_steps(a + b, rank)
-        expressible(full or found == [a+b] and {a, b} <= seen, f"merges of {a+b!r}: its symbols merge to {found} in this "
-                    "order, so byte-pair ranks cannot reproduce these merges")
-        if found != [a+b]: lost.add(a + b)
+        reached = found == [a + b]
+        expressible(full or reached and {a, b} <= seen, f"merges of {a+b!r}: its symbols merge to {found} instead")
+        if not reached: lost.add(a + b)
         seen.add(a + b)
     return lost
 
@@ -96,7 +96,7 @@ def merge_order(vocab:dict[str, int], # every token of the model section, with i
                 ignore_merges:bool, # whether a piece that is a token is taken whole, without merging
                 names:set[str] = frozenset(), # of added tokens, which are cut out before
                 alphabet:Iterable[str] = _chars # what merging starts from
-               )->dict[str, int]: # the alphabet, the merged tokens in order of rank, then those that are only taken whole
+               )->dict[str, int]: # the alphabet, the merged tokens in order, then those that are only taken whole
     "The vocabulary that tiktoken can merge, or an error if it would merge it differently"
     made = [token for token, _ in groupby(a + b for a, b in merges)]
     order = dict.fromkeys(chain(alphabet, made))
@@ -148,8 +148,9 @@ def split_pattern(pattern:str, # a regular expression
     "The pieces of a Split, as one pattern"
     p, gap = f"(?>{pattern})", rf"(?:(?!{pattern})[\s\S])+"
     leads, follows = f"{p}(?:{gap})?|{gap}", f"{gap}{p}?|{p}"
+    if invert: leads, follows = follows, leads
     found = dict(Isolated=f"{pattern}|{gap}", Contiguous=f"{p}+|{gap}", Removed=pattern if invert else None,
-                 MergedWithPrevious=leads if invert else follows, MergedWithNext=follows if invert else leads).get(behavior)
+                 MergedWithPrevious=follows, MergedWithNext=leads).get(behavior)
     expressible(found, f"Split is {behavior}, invert {invert}: not the matches of a regular expression")
     return found
 
@@ -214,7 +215,7 @@ def read_steps(normalizer:dict|None # the normalizer section
     expressible(not kind or old, f"normalizer {kind}, expected a Unicode normal form, Prepend or Replace of a String")
     return (lambda text: text.replace(old, n["content"]),) if kind else ()
 
-def apply(steps:Iterable[Callable[[str], str]], text:str)->str: return reduce(lambda text, step: step(text), steps, text)
+def apply(steps:Iterable[Callable], text:str)->str: return reduce(lambda text, step: step(text), steps, text)
 
 # %% ../nbs/02_tokenizer.ipynb #5a6ead3e
 def read_around(post:dict|None # the post_processor section
@@ -290,7 +291,7 @@ def read_speller(decoder:dict|None # the decoder section
     "The bytes of a token, whatever stands around it"
     kinds = {*parts(decoder, "decoders")[1]}
     if kinds & {"ByteFallback", "Metaspace"}: return plain
-    require("ByteLevel" in kinds, f"decoder {kinds}, expected ByteLevel, ByteFallback or Metaspace: tokens must have bytes")
+    require("ByteLevel" in kinds, f"decoder {kinds}, expected ByteLevel, ByteFallback or Metaspace for tokens' bytes")
     return entry
 
 def strips_space(decoder:dict|None)->bool:
@@ -304,16 +305,17 @@ def read_vocabulary(data:dict # parsed tokenizer.json
     "Check each section and collect what tiktoken needs"
     model, pre, steps = data.get("model") or {}, data.get("pre_tokenizer"), read_steps(data.get("normalizer"))
     check_model(model)
-    odd = [t["content"] for t in data.get("added_tokens") or [] if t.get("single_word") or t.get("lstrip") or t.get("rstrip")]
+    entries = data.get("added_tokens") or []
+    odd = [t["content"] for t in entries if t.get("single_word") or t.get("lstrip") or t.get("rstrip")]
     expressible(not odd, f"added tokens {odd} set single_word, lstrip or rstrip, expected none of them")
-    added = read_added(data.get("added_tokens"))
+    added = read_added(entries)
     names = {token.text for token in added}
     spaced = bool(model.get("byte_fallback")) and "ByteLevel" not in parts(pre, "pretokenizers")[1]
     tokens = read_ranks(model, names, spaced)
     pattern, prefix = read_metaspace(pre, steps, tokens) if spaced else read_bytelevel(pre)
     made, spell = {*tokens.values()}, plain if spaced else entry
     rest = {token: i for token, i in model["vocab"].items() if i not in made and token not in names}
-    expressible(not (rest and model.get("ignore_merges")), f"model.ignore_merges with {list(rest)[:3]}, which no merge makes")
+    expressible(not (rest and model.get("ignore_merges")), f"ignore_merges, but no merge makes {list(rest)[:3]}")
     unmerged = tuple((spell(token), i) for token, i in rest.items())
     return Vocabulary(tokens, pattern, added, unmerged, prefix, steps, spaced, strips_space(data.get("decoder")),
                       *read_around(data.get("post_processor")))
@@ -346,8 +348,9 @@ def byte_table(v:Vocabulary)->list[bytes]: # index = id
     table = dict(pairs)
     require(len(table) == len(pairs), "vocabulary: two tokens share an id")
     table |= {token.id: token.text.encode() for token in v.added}
-    require(min(table) >= 0 and max(table) < 1 << 24, f"vocabulary: ids from {min(table)} to {max(table)}, expected 0 to 2**24")
-    return [table.get(i, b"") for i in range(max(table) + 1)]
+    low, high = min(table), max(table)
+    require(low >= 0 and high < 1 << 24, f"vocabulary: ids from {low} to {high}, expected 0 to 2**24")
+    return [table.get(i, b"") for i in range(high + 1)]
 
 # %% ../nbs/02_tokenizer.ipynb #2424572c
 def spelled_ids(tokens:dict[bytes, int|None] # as in `Vocabulary`
@@ -383,14 +386,16 @@ class Tokenizer:
               )->list[int]:
         "Ids of a text; without `allow_special` the names of special tokens are ordinary characters"
         ids, pieces = [], cut_added(text, *self._finders[allow_special], self.vocabulary.steps)
-        for i, (piece, whole) in enumerate(pieces): ids += [self.added[piece]] if whole else self._merge(piece, first and i == 0)
+        for i, (piece, whole) in enumerate(pieces):
+            ids += [self.added[piece]] if whole else self._merge(piece, first and i == 0)
         return [*self.vocabulary.before, *ids, *self.vocabulary.after] if add_special_tokens else ids
 
     def _merge(self, text:str, first:bool=True)->list[int]:
         "Ids of text without added tokens"
         v = self.vocabulary
         if v.spaced: text = text.replace(SPACE, " ")
-        if (v.prefix_space == "always" or first and v.prefix_space == "first") and not text.startswith(" "): text = " " + text
+        prefix = v.prefix_space == "always" or first and v.prefix_space == "first"
+        if prefix and not text.startswith(" "): text = " " + text
         try: ranks = self.encoding.encode_ordinary(text)
         except (Exception, KeyboardInterrupt): raise
         except BaseException as e: # a Rust panic is no Exception, and would end a thread that serves others
@@ -413,8 +418,7 @@ HARMONY_SPECIAL = {f"<|{_harmony.get(i, f'reserved_{i}')}|>": i for i in range(1
 
 # %% ../nbs/02_tokenizer.ipynb #af6fbd8b
 def read_tiktoken(path:Path, # lines of base64 token and rank
-                  pattern:str|None=None, # None = that of o200k, if the file is o200k
-                  special:dict[str, int]|None=None # text -> id
+                  pattern:str|None=None # None = that of o200k, if the file is o200k
                  )->Vocabulary:
     "A tiktoken file of ranks"
     lines = path.read_bytes().splitlines()
@@ -423,9 +427,9 @@ def read_tiktoken(path:Path, # lines of base64 token and rank
     require(all(bytes([b]) in ranks for b in range(256)), "some of the 256 bytes have no rank")
     o200k = len(ranks) == 199998
     require(o200k or pattern, f"{len(ranks)} ranks are not o200k_base, so pattern= is needed")
-    special = HARMONY_SPECIAL if special is None and o200k else special or {}
     order = dict(sorted(ranks.items(), key=lambda item: item[1]))
-    return Vocabulary(order, split_pattern(pattern or O200K_PATTERN), tuple(Added(t, i) for t, i in special.items()))
+    added = tuple(Added(t, i) for t, i in HARMONY_SPECIAL.items()) if o200k else ()
+    return Vocabulary(order, split_pattern(pattern or O200K_PATTERN), added)
 
 # %% ../nbs/02_tokenizer.ipynb #8543d05b
 class LibraryTokenizer(Tokenizer):
@@ -450,7 +454,8 @@ class LibraryTokenizer(Tokenizer):
         with self._lock:
             self._library.encode_special_tokens = not allow_special
             found = self._library.encode(text, add_special_tokens=False)
-        require(allow_special or not self._never & {*found.ids}, "the text spells a special token that its tokenizer would make of it")
+        made = set() if allow_special else self._never & {*found.ids}
+        require(not made, f"the text spells special tokens that its tokenizer would make of it: {sorted(made)}")
         return (self._library.post_process(found) if add_special_tokens else found).ids
 
 # %% ../nbs/02_tokenizer.ipynb #b0596ba1
@@ -460,10 +465,11 @@ def open_library(path:Path, # a tokenizer.json
                 )->LibraryTokenizer:
     "The `tokenizers` library on a description"
     try: from tokenizers import Tokenizer as Library
-    except ImportError: raise TokenizerError(f"{why}; the tokenizers library may run it: pip install tokenizers") from None
+    except ImportError: raise TokenizerError(f"{why}; the library may run it: pip install tokenizers") from None
     try: library = Library.from_file(str(path))
     except Exception as e: raise TokenizerError(f"{why}; the tokenizers library says {e}") from None
-    require("'prepend_scheme': 'first'" not in str(data.get("pre_tokenizer")), f"{why}; prepend_scheme first is only for tiktoken")
+    scheme_first = "'prepend_scheme': 'first'" in str(data.get("pre_tokenizer"))
+    require(not scheme_first, f"{why}; prepend_scheme first is only for tiktoken")
     library.no_truncation(), library.no_padding()
     return LibraryTokenizer(library, data, why)
 
@@ -476,17 +482,13 @@ def open_json(path:Path # tokenizer.json
     except Inexpressible as e: return open_library(path, data, str(e))
 
 def load_tokenizer(path:str|Path, # a folder, a tokenizer.json or a .tiktoken file
-                   pattern:str|None=None, special:dict[str, int]|None=None # for .tiktoken files only
+                   pattern:str|None=None # of a .tiktoken file that is not o200k
                   )->Tokenizer:
     "The tokenizer of a checkpoint"
-    path, was_on = Path(path), gc.isenabled()
-    files = [file for file in [path, path/"tokenizer.json", *sorted(path.glob("*.tiktoken"))] if file.is_file()]
-    require(files, f"{path}: expected a tokenizer.json or a .tiktoken file")
-    file = files[0]
-    gc.disable()
-    try: return open_json(file) if file.suffix == ".json" else Tokenizer(read_tiktoken(file, pattern, special))
+    path = Path(path)
+    file = next((f for f in [path, path/"tokenizer.json", *sorted(path.glob("*.tiktoken"))] if f.is_file()), None)
+    require(file, f"{path}: expected a tokenizer.json or a .tiktoken file")
+    try: return open_json(file) if file.suffix == ".json" else Tokenizer(read_tiktoken(file, pattern))
     except TokenizerError as e: raise TokenizerError(f"{file}: {e}") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise TokenizerError(f"{file}: not a tokenizer description: {type(e).__name__}: {e}") from e
-    finally:
-        if was_on: gc.enable()

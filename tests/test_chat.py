@@ -175,9 +175,12 @@ def test_what_cannot_be_rendered_is_named():
                      (dict(role="tool", content="x"), "no name"), (dict(role="user", content=3), "int"),
                      (dict(role="user", content=[{"type": "image_url"}]), "image_url"),
                      (dict(role="tool", content="x", tool_call_id="zzz"), "zzz"),
-                     (dict(role="assistant", tool_calls=[{}]), "function name")]:
+                     (dict(role="assistant", tool_calls=[{}]), "function name"), (dict(role="assistant", thinking=3), "int"),
+                     (dict(role="user", content=[dict(type="text", text=3)]), "type text without text"), (dict(role="tool", content="x", name=3), "tool")]:
         with pytest.raises(ChatError, match=why): render_harmony([user, bad])
-    with pytest.raises(ChatError, match="name"): render_harmony([user], tools=[{"type": "function", "function": {}}])
+    for tool in ({"type": "function", "function": {}}, {"function": "add"}, "add", None):
+        with pytest.raises(ChatError, match="name"): render_harmony([user], tools=[tool])
+    assert render_harmony([dict(role="assistant", content="a", channel=3)])[-4:] == ["a", "<|end|>", "<|start|>", "assistant"]
 
 # ---- parsing
 
