@@ -58,7 +58,7 @@ def encoding(words:list[bytes])->tiktoken.Encoding:
                              special_tokens={s: len(tokens)+i for i, s in enumerate(SPECIAL)})
 
 # %% ../nbs/40_tiny_model.ipynb #8afcdb18
-STEPS = 16000 # of a whole run
+STEPS = 16500 # of a whole run
 SHARED = "Channel must be included for every message" # ends what all conversations have in common
 WIDTHS = (56, 72, 88, 104, 128, 160, 208, 288, 384) # tokens per row
 EFFORTS = ("low", "medium", "high", "high")
