@@ -146,7 +146,7 @@ def sample(logits:torch.Tensor, # [N, V] as the model gave them, float32 or 16 b
     if N:
         _look[S, N](logits, knobs, *luck, floats, ints, V, S, logits.stride(0), *steps, **same)
         _choose[N,](logits, knobs, sb.top_k, *luck, floats, ints, ids, V, S, logits.stride(0), step(knobs), steps[0], step(sb.top_k), *steps[1:],
-                    FILTER=sb.sorts or sb.min_p, TILES=triton.next_power_of_2(S), **same)
+                    FILTER=sb.sorts or sb.min_p, TILES=triton.next_power_of_2(S), maxnreg=128, **same)
     return ids
 
 # %% ../nbs/14_sampling_kernel.ipynb #c062521c
@@ -155,7 +155,7 @@ def _case(fn, what, dtype="bf16", **fixed):
     types = dict.fromkeys(("knobs", "temperatures", "floats"), "*fp32") | dict.fromkeys(("top_ks", "seeds", "positions", "ids"), "*i64")
     types |= dict.fromkeys(("S", "knob", "knob_step", "k_step", "seed_step", "position_step"), "i32")
     types |= dict(logits=f"*{dtype}", ints="*i32", V="i32:16", stride="i32:16")
-    fixed = dict(GREEDY=False, TILE=2048, PDL=False, num_warps=8) | (dict(FILTER=True, TILES=128) if fn is _choose else {}) | fixed
+    fixed = dict(GREEDY=False, TILE=2048, PDL=False, num_warps=8) | (dict(FILTER=True, TILES=128, maxnreg=128) if fn is _choose else {}) | fixed
     absent = ("knobs", "temperatures", "top_ks", "seeds", "positions") if fixed["GREEDY"] else ()
     return variant(fn, f"{what}, {dtype}", types, fixed | {n: None for n in absent if n in fn.arg_names})
 
