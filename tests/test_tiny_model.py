@@ -64,4 +64,4 @@ def test_it_works(llm):
     rng = random.Random(99)
     records = exam(llm, [tiny_tasks.sample(rng, task, "test", effort) for task in tiny_tasks.TASKS for effort in ("high", "medium", "high")])
     assert sum(r["parsed"] for r in records) >= len(records) - 1
-    assert sum(r["right"] for r in records) >= .8*len(records)
+    assert sum(r["right"] for r in records) >= .85*len(records)
