@@ -146,6 +146,7 @@ def paged_attention(q:torch.Tensor, # [T, heads, D] queries of all new tokens, r
                     return_lse:bool=False, # also the log-sum-exp [T, heads], sink not included?
                     memo:dict|None=None, # ignored
                     batch_invariant:bool=False, # the same bits whoever else is in the batch?
+                    split:bool=True, # may a row's keys be cut into parts that run side by side?
                     pdl:bool=False # start before the previous kernel ends; Hopper and newer
                    )->torch.Tensor|tuple[torch.Tensor, torch.Tensor]: # [T, heads, D], or (that, lse)
     "`simplellm.attention.paged_attention` in one launch"
@@ -156,7 +157,7 @@ def paged_attention(q:torch.Tensor, # [T, heads, D] queries of all new tokens, r
     BQ, BM, BN = sizes["BQ"], sizes["BQ"] * sizes["BG"], sizes["BN"]
     tiles, keys = R if max_q == 1 else T // BQ + R, max_k if window is None else min(max_k, window + BQ)
     programs = max(tiles * HK, 1)
-    splits = triton.cdiv(keys, 4096) + 1 if batch_invariant else count_splits(programs, keys, programs * BM * D)
+    splits = triton.cdiv(keys, 4096) + 1 if batch_invariant else count_splits(programs, keys, programs * BM * D) if split else 1
     parts, part_lse = (q.new_empty(programs * splits * BM * n if splits > 1 else 1, dtype=torch.float32) for n in (D, 1))
     out = torch.empty((T, HQ, D), dtype=q.dtype, device=q.device)
     lse = q.new_empty((T, HQ), dtype=torch.float32) if return_lse else None

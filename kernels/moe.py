@@ -301,7 +301,8 @@ def _route_case(T, E=128, k=4, targets=("sm_90a",)):
     return variant(_route, f"{k} of {E}, {T} tokens", _types(), fixed, targets)
 
 AOT = [_case("gate_up, 1 token", 1), _case("gate_up, 1 token, PDL", 1, pdl=True), _case("down, 1 token", 1, True, targets=TARGETS),
-       _case("gate_up, 64 tokens", 64), _case("gate_up, 1024 tokens", 1024), _case("gate_up, 4096 tokens", 4096, targets=TARGETS),
+       _case("gate_up, 64 tokens", 64), _case("gate_up, 1024 tokens", 1024), _case("gate_up, 2048 tokens", 2048, targets=TARGETS),
+       _case("gate_up, 4096 tokens", 4096, targets=TARGETS),
        _case("dense, 1 token", 1, packed=False), _case("dense, 4096 tokens", 4096, packed=False), _case("fp16, 1 token", 1, dtype="fp16"),
        variant(_group, "8192 tokens", _types(), dict(BO=256, CHUNK=2048, PDL=False, num_warps=8)),
        variant(_combine, "4 experts", _types(), dict(TOPK=4, BLOCK=1024, PDL=False)),

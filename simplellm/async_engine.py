@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['promise', 'EngineDead', 'Pending', 'spare_threads', 'Worker', 'submit', 'cancel', 'stop', 'progress', 'Generation',
-           'Stream', 'list_prompts', 'list_conversations', 'read_prompt', 'read_chat', 'list_params', 'default_params',
-           'open_model', 'find_tokenizer', 'find_template', 'make_jobs', 'Asking', 'LLM']
+           'Stream', 'list_prompts', 'list_conversations', 'read_prompt', 'chat_options', 'read_chat', 'list_params',
+           'default_params', 'open_model', 'find_tokenizer', 'find_template', 'make_jobs', 'Asking', 'LLM']
 
 # %% ../nbs/28_async_engine.ipynb #8fa1ae73
 import asyncio, queue, threading, weakref
@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from tqdm import tqdm
 from .chat import Template, encode_chat, is_harmony, read_template
-from .checkpoint import Checkpoint, read_json
+from .checkpoint import Checkpoint, CheckpointError, read_json
 from .config import EngineConfig, check
 from .engine import Chunk, Engine, Job, RequestOutput, make_job
 from .memory import refuse_too_large
@@ -167,7 +167,7 @@ class Generation:
 # %% ../nbs/28_async_engine.ipynb #1eb33c31
 class Stream:
     "What one request writes, as it writes it: for `for` and `async for`"
-    def __init__(self, llm, job:Job, timeout:float|None=None): # seconds to wait for a chunk in `for`
+    def __init__(self, llm, job:Job, timeout:float|None=None): # seconds to wait for a chunk, else TimeoutError
         pending = Pending(job)
         self.llm, self.id, self.future, self.chunk, self.timeout = llm, job.id, pending.future, pending.chunk, timeout
         submit(llm.worker, [pending])
@@ -175,7 +175,8 @@ class Stream:
     def __iter__(self): return self
     def __aiter__(self): return self
     def __next__(self)->Chunk: return self.take(self.chunk.result(self.timeout), StopIteration)
-    async def __anext__(self)->Chunk: return self.take(await asyncio.wrap_future(self.chunk), StopAsyncIteration)
+    async def __anext__(self)->Chunk:
+        return self.take(await asyncio.wait_for(asyncio.wrap_future(self.chunk), self.timeout), StopAsyncIteration)
 
     def take(self, news:tuple|None, end:type)->Chunk: # a chunk and the next future; what to raise when there is no more
         "Go on by one; errors of the request are raised here"
@@ -220,10 +221,25 @@ def read_prompt(tokenizer, # None = token ids only
     return None, prompt
 
 # %% ../nbs/28_async_engine.ipynb #f9835f2b
-def read_chat(llm, messages:list[dict], options:dict)->tuple[str, list[int]]: # as `read_prompt`
+def chat_options(harmony:bool, tools:list[dict]|None=None, reasoning_effort:str|None=None, date:str|None=None,
+                 chat_template_kwargs:dict|None=None # variables of a template
+                )->dict: # for `encode_chat`
+    "What the format of a chat is told: only what was given"
+    name, more, taken = "chat_template_kwargs", chat_template_kwargs or {}, {"tokenizer", "messages", "tools", "template"}
+    check(not (harmony and more), name, more, "none: harmony knows only reasoning_effort and date")
+    check(isinstance(more, dict) and all(isinstance(k, str) for k in more), name, more, "variables of a template, by name")
+    check(not taken & more.keys(), name, more, f"none of {sorted(taken)}, which are given otherwise")
+    given = {k: v for k, v in dict(reasoning_effort=reasoning_effort, date=date).items() if v is not None}
+    return dict(tools=tools) | given | more
+
+# %% ../nbs/28_async_engine.ipynb #c87df57e
+def read_chat(llm, messages:list[dict],
+              options:dict # of `chat_options`
+             )->tuple[str, list[int]]: # as `read_prompt`
     "One conversation as token ids"
     if llm.tokenizer is None: raise ValueError("messages: a chat needs a tokenizer")
-    ids = encode_chat(llm.tokenizer, messages, template=llm.template, **options)
+    harmony = llm.template is None and is_harmony(llm.tokenizer)
+    ids = encode_chat(llm.tokenizer, messages, template=llm.template, **chat_options(harmony, **options))
     return llm.tokenizer.decode(ids), ids
 
 # %% ../nbs/28_async_engine.ipynb #36a2c7d5
@@ -250,7 +266,8 @@ def default_params(folder:Path|None, # of the checkpoint; None = there is none
     ours = {k: k for k in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")} | dict(max_new_tokens="max_tokens")
     known = {name: given[k] for k, name in ours.items() if given.get(k) is not None}
     if given.get("do_sample") is False: known["temperature"] = 0.0
-    return SamplingParams(**known)
+    try: return SamplingParams(**known)
+    except (TypeError, ValueError) as e: raise CheckpointError(f"generation_config.json: {e}") from None
 
 # %% ../nbs/28_async_engine.ipynb #582fb6fd
 def open_model(name, # a folder in either layout, or synthetic:...; None = the model in this package
@@ -306,18 +323,20 @@ class Asking:
              messages:list, # a conversation in OpenAI's format, or a list of them
              sampling_params=None, # as in `generate`
              *, tools:list[dict]|None=None, # functions that the model may call, in OpenAI's format
-             reasoning_effort:str="medium", # low, medium or high
+             reasoning_effort:str|None=None, # low, medium or high; None = medium, or what a template thinks
              date:str|None=None, # today, for the system message
+             chat_template_kwargs:dict|None=None, # variables of the checkpoint's template; none in harmony
              use_tqdm:bool|None=None, **params)->Generation: # as in `generate`
         "Answer conversations"
         options = dict(tools=tools, reasoning_effort=reasoning_effort, date=date)
-        talks = list_conversations(messages)
+        options["chat_template_kwargs"], talks = chat_template_kwargs, list_conversations(messages)
         return Generation(self, make_jobs(self, talks, sampling_params, params, options), use_tqdm)
 
-    def chat_stream(self, messages:list[dict], sampling_params=None, *, tools=None, reasoning_effort="medium",
-                    date=None, timeout:float|None=None, **params)->Stream: # as in `chat` and `stream`
+    def chat_stream(self, messages:list[dict], sampling_params=None, *, tools=None, reasoning_effort=None, date=None,
+                    chat_template_kwargs=None, timeout:float|None=None, **params)->Stream: # as in `chat` and `stream`
         "Answer one conversation, piece by piece"
         options = dict(tools=tools, reasoning_effort=reasoning_effort, date=date)
+        options["chat_template_kwargs"] = chat_template_kwargs
         return Stream(self, *make_jobs(self, [messages], sampling_params, params, options, stream=True), timeout)
 
 # %% ../nbs/28_async_engine.ipynb #4566a1ee

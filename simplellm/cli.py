@@ -53,13 +53,16 @@ def print_reply(chunks:Iterable, # of engine.Chunk
     "Write a reply as it arrives"
     console = Console(file=file, force_terminal=terminal, force_jupyter=False, highlight=False, soft_wrap=True)
     where = None # channel and recipient of what was written last
+    def write(text, style=None): # into a file as it is
+        if console.is_terminal: console.print(text, end="", markup=False, emoji=False, style=style)
+        else: console.file.write(text)
     try:
         for c in chunks:
             thought, here = c.recipient is None and c.channel in ("analysis", "commentary"), (c.channel, c.recipient)
             if not c.text or thought and not console.is_terminal: continue
             if where not in (None, here): console.print()
             call = f"call {c.recipient.removeprefix('functions.')} " if c.recipient and where != here else ""
-            console.print(call + c.text, end="", markup=False, style="dim" if thought else None)
+            write(call + c.text, "dim" if thought else None)
             where = here
             console.file.flush()
     finally:
@@ -120,6 +123,7 @@ def chat(model: Model = None, reasoning: Reasoning = "medium", max_tokens: MaxTo
             question = dict(role="user", content=line)
             try: out = stream_reply(llm, [*messages, question], **options)
             except KeyboardInterrupt: note("cancelled")
+            except ValueError as e: note(f"error: {e}; /reset begins anew") # too long, say
             else: messages += [question, dict(role="assistant", content=out.text, thinking=out.reasoning)]
 
 # %% ../nbs/32_cli.ipynb #a341db8b
@@ -149,16 +153,17 @@ def done_ids(path:Path, # output of an earlier run, need not exist
              jobs:dict # from `read_jobs`
             )->set[str]:
     "Ids that already have a result; a half-written last line is cut away"
-    data = path.read_bytes() if path.exists() else b""
-    whole, done = data[:data.rfind(b"\n") + 1], set()
+    data = path.read_bytes() if path.is_file() else b"" # not from a pipe, which would wait
+    whole, begin, done = data[:data.rfind(b"\n") + 1], b'{"id": ', set()
+    half, foreign = data[len(whole):], "not a result of `simplellm generate`; choose another output file"
     for n, result in read_lines(whole, path):
-        if not isinstance(result, dict) or not {"id", "text"} <= result.keys():
-            raise ValueError(f"{path}, line {n}: not a result of `simplellm generate`; choose another output file")
+        if not isinstance(result, dict) or not {"id", "text"} <= result.keys(): raise ValueError(f"{path}, line {n}: {foreign}")
         id = str(result["id"])
         if id not in jobs or any(result.get(k) != jobs[id].get(k) for k in ("prompt", "messages")):
             raise ValueError(f"{path}, line {n}: id {id} belongs to other input; choose another output file")
         done.add(id)
-    if len(whole) < len(data): os.truncate(path, len(whole))
+    if not (half.startswith(begin) or begin.startswith(half)): raise ValueError(f"{path}, last line: {foreign}")
+    if half: os.truncate(path, len(whole))
     return done
 
 # %% ../nbs/32_cli.ipynb #b4e532be
@@ -191,6 +196,7 @@ def generate(prompts: argument(Path, 'JSON lines: a string, {"prompt": ...} or {
              temperature: Temperature = 0.0, seed: Seed = None):
     "Work through a file of prompts; run again to resume."
     jobs, options = read_jobs(prompts), options_of(reasoning, max_tokens, temperature, seed)
+    check(not (output.exists() and output.samefile(prompts)), "output", str(output), "another file than the prompts")
     done = done_ids(output, jobs)
     with open(output, "a", encoding="utf-8", errors="backslashreplace") as file, LLM(model) as llm: # JSON's own escapes
         todo = [(job, submit(llm, job, **options)) for id, job in jobs.items() if id not in done]
@@ -282,9 +288,10 @@ def bench(targets: argument(list[str]|None, "A model, else the shipped one; with
           sessions: option(list[int]|None, "How many; repeat to compare.") = None,
           prompt: option(list[int]|None, "Tokens that a session brings with it; repeat to compare.") = None,
           output: option(int|None, "Tokens of each answer.") = None,
-          ops: option(list[str]|None, "reference, triton or by stage: triton,decode=reference; repeatable.") = None,
+          ops: option(list[str]|None, "reference, triton, flash or by stage: triton,decode=reference; repeatable.") = None,
           engine: option(list[str]|None, "A setting such as max_num_seqs=64; repeat for more.") = None,
           ablate: option(bool, "Also without one optimisation after another.", "--ablate") = False,
+          micro: option(bool, "Instead: a prompt, decode steps and attention, each alone.", "--micro") = False,
           kernels: option(bool, "Also what a decode step launches, kernel by kernel.", "--kernels") = False,
           runs: option(int, "Of each case, after a warm-up.", min=1) = 3,
           seed: option(int, "Of lengths, arrivals and tokens.") = 0, temperature: Temperature = 1.0,
@@ -300,18 +307,20 @@ def bench(targets: argument(list[str]|None, "A model, else the shipped one; with
                              ops or [""], engine or [])
         if ablate: cases = [c for case in cases for c in b.ablations(case, "cuda" if gpu else "cpu")]
         command = shlex.join(["simplellm", *sys.argv[1:]])
-        for line in b.bench(*targets or [None], cases, runs, seed, temperature, kernels=kernels, command=command):
+        if micro: found = b.micro(*targets or [None], ops or [""], cases[0].engine.get("max_model_len"), command=command)
+        else: found = b.bench(*targets or [None], cases, runs, seed, temperature, kernels=kernels, command=command)
+        for line in found:
             lines.append(line)
             if result: print(json.dumps(line), file=result.open("a"))
     what = "kernels" if gpu else "PyTorch's operations, as there is no GPU"
     launched = {f"{line['label']}: {what}": line["kernels"] for line in lines if "kernels" in line}
-    show({"Medians of all runs": b.comparison(lines)} | launched)
+    show(b.tables(lines) | launched)
     if picture: b.plot(lines).savefig(picture)
 
 # %% ../nbs/32_cli.ipynb #03ff096a
 def main():
     "Entry point of `simplellm`"
     try: app()
-    except (ValueError, OSError) as e:
-        note(f"error: {e}")
+    except (ValueError, OSError, RuntimeError, MemoryError) as e:
+        note(f"error: {e or type(e).__name__}")
         sys.exit(1)

@@ -8,7 +8,7 @@ __all__ = ['WORDS', 'LONGEST', 'check', 'is_a', 'spell', 'check_types', 'check_r
 
 # %% ../nbs/00_config.ipynb #6b702c85
 from dataclasses import dataclass, field, fields
-from math import inf
+from sys import float_info
 from types import NoneType
 from typing import Literal, get_args, get_origin
 
@@ -30,7 +30,7 @@ def is_a(value, # of a field
     if get_origin(kind) is Literal: return value in [p for p in parts if type(p) is type(value)]
     if get_origin(kind) is tuple: return type(value) is tuple and all(is_a(v, parts[0]) for v in value)
     if parts: return any(is_a(value, p) for p in parts)
-    if kind in (int, float): return type(value) in (int, kind) and 0 < value < inf
+    if kind in (int, float): return type(value) in (int, kind) and 0 < value <= float_info.max
     return type(value) is kind
 
 # %% ../nbs/00_config.ipynb #0c355116
@@ -64,11 +64,11 @@ LONGEST = 2**24 # tokens; nobody has a longer context, and a damaged file should
 @dataclass(frozen=True)
 class RopeConfig:
     "How rotary embeddings turn positions into angles"
-    theta:float=10000.0 # base of the geometric series of wavelengths
+    theta:float=10000.0 # base of the geometric series of wavelengths, in (1, 1e12]
     kind:Literal["default", "linear", "yarn", "llama3"]="default"
     factor:float=1.0 # how many times the context was stretched, 1 to 4096
     original_max_position:int=4096 # context length before stretching, in tokens
-    beta_fast:float=32.0 # yarn: turns over the original context above which a frequency is left alone
+    beta_fast:float=32.0 # yarn: turns over the original context above which a frequency is left alone, up to 1e6
     beta_slow:float=1.0 # yarn: turns below which it is divided by `factor`
     truncate:bool=True # yarn: round the two borders to whole dimensions (gpt-oss does not)
     attention_factor:float|None=None # yarn: scale of cos and sin; None = 0.1*ln(factor)+1
@@ -78,9 +78,12 @@ class RopeConfig:
 
     def __post_init__(self):
         check_types(self)
-        check_rules(self, factor=(1 <= self.factor <= 4096, "1 to 4096"),
+        check_rules(self, theta=(1 < self.theta <= 1e12, "a number in (1, 1e12]"),
+                    factor=(1 <= self.factor <= 4096, "1 to 4096"),
                     original_max_position=(self.original_max_position <= LONGEST, f"at most {LONGEST}"),
-                    beta_fast=(self.beta_slow < self.beta_fast, f"more than beta_slow={self.beta_slow}"),
+                    beta_slow=(self.beta_slow <= 1e6, "at most 1e6"),
+                    beta_fast=(self.beta_slow < self.beta_fast <= 1e6,
+                               f"more than beta_slow={self.beta_slow}, at most 1e6"),
                     high_freq_factor=(self.low_freq_factor < self.high_freq_factor,
                                       f"more than low_freq_factor={self.low_freq_factor}"))
 

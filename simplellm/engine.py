@@ -16,7 +16,7 @@ from .config import EngineConfig, check
 from .cudagraph import Graphs
 from .memory import plan_cache
 from .runner import Launched, Output, Runner
-from .sampling import SamplingParams, bad_word_ids, check_vocab
+from .sampling import SamplingParams, bad_word_ids, check_vocab, make_sampling
 from .scheduler import Request, Scheduler, Step
 
 # %% ../nbs/27_engine.ipynb #2808f4fd
@@ -99,6 +99,7 @@ class Reader(NoReader):
     "Reads a raw completion, or the harmony of a chat: what is thought, what is said, which functions are called"
     def __init__(self, tokenizer, params:SamplingParams, chat:bool=False):
         self.chat, self.shows_end = chat, params.include_stop_str_in_output
+        self.marks = set(tokenizer.special.values()) if chat else () # these also end messages, and never show
         self.stops = StopStrings(params.stop or (), self.shows_end)
         if chat: self.source = HarmonyParser(tokenizer)
         else: self.source = Detokenizer(tokenizer, skip_special_tokens=params.skip_special_tokens)
@@ -106,12 +107,13 @@ class Reader(NoReader):
 
     stopped = property(lambda self: self.stops.found)
     def feed(self, token:int, ends:bool=False, check_stop:bool=True):
-        if ends and not (self.chat or self.shows_end): return SILENCE
+        if ends and not self.shows_end and token not in self.marks: return SILENCE
         return self.read(self.source.feed(token), check_stop)
 
     def read(self, news:Delta|str|None, check_stop:bool=True):
         if isinstance(news, Delta): self.where, news = (news.channel, news.recipient), news.text
-        if news and self.where[0] in ("final", None):
+        channel, recipient = self.where
+        if news and recipient is None and channel not in ("analysis", "commentary"):
             news = self.stops.feed(news, check_stop)
             self.said.append(news)
         return news or "", *self.where
@@ -254,10 +256,12 @@ def make_job(engine:Engine,
     for i in range(params.n):
         own = replace(params, prompt_logprobs=None) if i and scores else params
         first = job.choices[0].request if i else None
-        r = Request(f"{job.id}.{i}" if params.n > 1 else job.id, list(ids), own, seed + i, eos, bad, first)
+        luck = (seed + i + 2**63) % 2**64 - 2**63 # the last one's successor is the first
+        r = Request(f"{job.id}.{i}" if params.n > 1 else job.id, list(ids), own, luck, eos, bad, first)
         job.add(r, NoReader() if tokenizer is None else Reader(tokenizer, params, chat))
     check_vocab(params, vocab, r.stop_ids, bad)
     engine.scheduler.check(r)
+    make_sampling([r]) # what the sampler cannot digest is refused now, to one, and not during a step, to all
     return job
 
 # %% ../nbs/27_engine.ipynb #5aad43c7

@@ -6,10 +6,10 @@
 __all__ = ['ATTENTION', 'MLP', 'RELU2_MLP', 'QWEN_EXPERTS', 'GPT_OSS_MLP', 'GPT_OSS_MXFP4', 'GPT_OSS_DENSE', 'BIASES', 'MOE',
            'FAMILIES', 'PACKED', 'FIELDS', 'OPTIONAL', 'ALIASES', 'ROPE_FIELDS', 'ROPE_NEEDS', 'THEIRS', 'PIECE',
            'MIXTRAL_EXPERTS', 'Family', 'Row', 'dimensions', 'parse_row', 'table_lines', 'tensor_table', 'expect',
-           'one_name', 'find_family', 'read_rope', 'read_windows', 'read_mlp_layers', 'token_ids', 'read_eos',
-           'read_experts', 'name_of', 'most_common_type', 'config_fields', 'stretched', 'read_config', 'check_tensors',
-           'move_piece', 'move', 'lift', 'read_part', 'unpack', 'load_weight', 'check_tied', 'load_weights',
-           'tiny_path', 'pick_dtype', 'load_model']
+           'one_name', 'find_family', 'read_rope', 'ruled_layers', 'read_windows', 'read_mlp_layers', 'token_ids',
+           'read_eos', 'read_experts', 'name_of', 'most_common_type', 'config_fields', 'stretched', 'read_config',
+           'check_count', 'check_tensors', 'move_piece', 'move', 'lift', 'narrow', 'read_part', 'unpack', 'load_weight',
+           'check_tied', 'load_weights', 'tiny_path', 'pick_dtype', 'load_model']
 
 # %% ../nbs/21_models.ipynb #24237bf6
 import os, threading
@@ -106,7 +106,7 @@ class Family:
     required:tuple[str, ...]=() # what else config.json must have
     mlp:dict[str, str]=field(default_factory=dict) # "mxfp4" or "dense" -> table of a layer's experts
     dense:str=MLP # table of the second half of a layer without experts
-    windowed:int|str|None=None # first layer with a sliding window, or config.json's name for it; None = `layer_types` says
+    windowed:int|str|None=None # first layer with a window, or config.json's name for what tells; None = there is none
     hidden_act:str="silu" # what config.json must say
     rope:dict=field(default_factory=dict) # fields of RopeConfig that hold for the whole family
 
@@ -117,7 +117,7 @@ FAMILIES = dict( # keys are config.json's "model_type"
     gpt_oss=Family("GptOssForCausalLM", dict(activation="clamped_swiglu", sinks=True, qkv_bias=True, o_bias=True),
                    MOE | BIASES | dict(swiglu_limit="swiglu_limit", swiglu_alpha="swiglu_alpha"),
                    ("head_dim", "layer_types", "rope_scaling"),
-                   dict(mxfp4=GPT_OSS_MLP + GPT_OSS_MXFP4, dense=GPT_OSS_MLP + GPT_OSS_DENSE)),
+                   dict(mxfp4=GPT_OSS_MLP + GPT_OSS_MXFP4, dense=GPT_OSS_MLP + GPT_OSS_DENSE), windowed="layer_types"),
     llama=Family("LlamaForCausalLM", dict(activation="swiglu"), BIASES | dict(mlp_bias="mlp_bias")),
     qwen2=Family("Qwen2ForCausalLM", dict(activation="swiglu", qkv_bias=True), {}, ("use_sliding_window",),
                  windowed="max_window_layers"),
@@ -184,9 +184,10 @@ def table_lines(c:ModelConfig, layer:int)->list[str]:
 
 def tensor_table(c:ModelConfig)->list[Row]:
     "Every tensor that a checkpoint of this architecture holds"
-    sizes, lines = dimensions(c), [table_lines(c, i) for i in range(c.num_layers)]
-    return [parse_row(line, sizes, i, e) for i in range(c.num_layers) for e in range(max(c.num_experts, 1))
-            for line in lines[i] if e == 0 or "{e}" in line]
+    sizes, tables = dimensions(c), [table_lines(c, i) for i in range(c.num_layers)]
+    def repeats(lines): return c.num_experts if any("{e}" in line for line in lines) else 1
+    return [parse_row(line, sizes, i, e) for i, lines in enumerate(tables) for e in range(repeats(lines))
+            for line in lines if e == 0 or "{e}" in line]
 
 # %% ../nbs/21_models.ipynb #615130b9
 FIELDS = dict( # ModelConfig's name -> config.json's
@@ -243,31 +244,43 @@ def read_rope(d:dict, # the object in config.json, each field under one name
     r = d.get("rope_scaling", {})
     expect(isinstance(r, dict), f"rope_scaling {r!r}, expected an object")
     r = one_name(r, dict(rope_type="type"))
-    for k in d.keys() & {"rope_theta", "partial_rotary_factor"}: # which may stand outside
-        expect(r.setdefault(k, d[k]) == d[k], f"{k} {d[k]!r} contradicts {k} {r[k]!r} of rope_scaling or rope_parameters")
     kind = r.setdefault("rope_type", "default")
-    if r.get("partial_rotary_factor") == 1: del r["partial_rotary_factor"]
     expect(isinstance(kind, str) and kind in ROPE_NEEDS, f"rope_type {kind!r}, expected {', '.join(ROPE_NEEDS)}")
+    outside = ["rope_theta", "partial_rotary_factor"] + ["original_max_position_embeddings"] * (kind in ("yarn", "llama3"))
+    for k in d.keys() & {*outside}:
+        expect(r.setdefault(k, d[k]) == d[k], f"{k} {d[k]!r} contradicts {k} {r[k]!r} of rope_scaling or rope_parameters")
+    if r.get("partial_rotary_factor") == 1: del r["partial_rotary_factor"]
     for k in ("rope_theta", *ROPE_NEEDS[kind]): expect(k in r, f"missing field {k!r} of rope_scaling or rope_parameters")
     for k in r: expect(k in ROPE_FIELDS, f"rope_scaling has {k!r}, expected only {', '.join(ROPE_FIELDS)}")
     return RopeConfig(**{ROPE_FIELDS[k]: v for k, v in r.items()} | fixed)
 
 # %% ../nbs/21_models.ipynb #95b91387
-def read_windows(d:dict, # the object in config.json, each field under one name
-                 first:int|str|None=None # see `Family.windowed`
-                )->tuple|None: # visible keys per layer
+def ruled_layers(d:dict, # the object in config.json, each field under one name
+                 first:int|str|None, # see `Family.windowed`
+                 window:int|None # None = no layer has one
+                )->list[str]: # in the words of `layer_types`
+    "Which layers slide where no list is read"
+    layers = range(d["num_hidden_layers"])
+    if first is None or window is None: return ["full_attention" for _ in layers]
+    start = d.get(first) if isinstance(first, str) else first
+    expect(type(start) is int, f"{first} {start!r}, expected a number of layers")
+    return ["sliding_attention" if i >= start else "full_attention" for i in layers]
+
+def read_windows(d:dict, first:int|str|None=None, # as in `ruled_layers`
+                 switched:bool=False # does the family know `use_sliding_window`?
+                )->tuple[int|None, ...]: # visible keys per layer
     "Which layers look back how far"
-    on, kinds = d.get("use_sliding_window", True), d.get("layer_types")
+    on, given = d.get("use_sliding_window", True) if switched else True, d.get("layer_types")
     expect(type(on) is bool, f"use_sliding_window {on!r}, expected true or false")
     window = d.get("sliding_window") if on else None
-    if kinds is None and (window is None or first is None): return None
-    if kinds is None:
-        start = d.get(first) if isinstance(first, str) else first
-        expect(type(start) is int, f"{first} {start!r}, expected a number of layers")
-        kinds = ["sliding_attention" if i >= start else "full_attention" for i in range(d["num_hidden_layers"])]
+    listed = isinstance(first, str) and given is not None
+    kinds = given if listed else ruled_layers(d, first, window)
+    expect(given in (None, kinds), f"layer_types {given!r}, expected none, as all layers of this family are alike")
     known = isinstance(kinds, list) and all(k in ("sliding_attention", "full_attention") for k in kinds)
     expect(known, f"layer_types {kinds!r}, expected sliding_attention or full_attention for each layer")
-    expect(window is not None or "sliding_attention" not in kinds, "missing field 'sliding_window'")
+    slides = "sliding_attention" in kinds
+    expect(on or not slides, "use_sliding_window False contradicts layer_types, which has 'sliding_attention'")
+    expect(window is not None or not slides, "missing field 'sliding_window', which layer_types needs")
     return tuple(window if k == "sliding_attention" else None for k in kinds)
 
 # %% ../nbs/21_models.ipynb #d4f42b78
@@ -339,9 +352,9 @@ def config_fields(d:dict, # the object in config.json, each field under one name
     expect(act == family.hidden_act, f"hidden_act {act!r}, expected {family.hidden_act!r}")
     plain = {ours: d[theirs] for ours, theirs in names.items() if theirs in d}
     return dict(head_dim=None) | family.switches | plain | dict(
-        family=key, windows=read_windows(d, family.windowed), mlp_layers=read_mlp_layers(d), rope=read_rope(d, family.rope),
-        experts=read_experts(d, family.mlp), dtype=d["dtype"] if "dtype" in d else most_common_type(source),
-        eos_token_ids=read_eos(folder, d))
+        family=key, windows=read_windows(d, family.windowed, "use_sliding_window" in family.required),
+        mlp_layers=read_mlp_layers(d), rope=read_rope(d, family.rope), experts=read_experts(d, family.mlp),
+        dtype=d["dtype"] if "dtype" in d else most_common_type(source), eos_token_ids=read_eos(folder, d))
 
 # %% ../nbs/21_models.ipynb #a28c309c
 THEIRS = FIELDS | {ours: theirs for theirs, ours in ROPE_FIELDS.items()} | dict( # ModelConfig's name -> config.json's
@@ -358,7 +371,10 @@ def read_config(source # folder with config.json, or a Checkpoint
     "The architecture that config.json describes, every field checked"
     opened = isinstance(source, Checkpoint)
     folder = source.path if opened else Path(source)
-    d = one_name(source.read_json("config.json") if opened else read_json(folder/"config.json"), ALIASES)
+    given = source.read_json("config.json") if opened else read_json(folder/"config.json")
+    d = one_name(given, ALIASES)
+    known = "sliding_window" in given or d.get("use_sliding_window") is not True
+    expect(known, "missing field 'sliding_window', which use_sliding_window needs; null for none")
     try: return stretched(ModelConfig(**config_fields(d, source, folder)))
     except CheckpointError: raise
     except ValueError as e:
@@ -366,10 +382,18 @@ def read_config(source # folder with config.json, or a Checkpoint
         raise CheckpointError(f"config.json: field {theirs.get(name, name)!r}: {e}") from None
 
 # %% ../nbs/21_models.ipynb #bf994191
+def check_count(checkpoint:Checkpoint, c:ModelConfig)->None: # raises CheckpointError
+    "Refuse experts that the checkpoint cannot hold, before a table of them all is made"
+    each = "{e}" in FAMILIES[c.family].mlp.get(c.experts, "") # one tensor for each expert?
+    layers, held = c.num_layers - len(c.mlp_layers), len(checkpoint.names)
+    message = f"{held} tensors, expected more by config.json, which has {c.num_experts} experts in each of {layers} layers"
+    require(not each or c.num_experts * layers <= held, checkpoint.listing, message)
+
 def check_tensors(checkpoint:Checkpoint,
                   c:ModelConfig
                  )->None: # raises CheckpointError
     "Refuse a checkpoint whose headers are not what config.json promises"
+    check_count(checkpoint, c)
     rows = {r.theirs: r for r in tensor_table(c)}
     for name, row in rows.items():
         shape, dtype = list(row.stored), torch.uint8 if row.packed else getattr(torch, c.dtype)
@@ -407,17 +431,27 @@ def lift(x:torch.Tensor, # of a checkpoint
     return move(x, torch.empty(x.shape, dtype=x.dtype, device=device), readers)
 
 # %% ../nbs/21_models.ipynb #c3cd9625
+def narrow(x:torch.Tensor, # a dense tensor, finite
+           name:str, file # its name; where it is from
+          )->torch.Tensor: # float16
+    "Convert, unless a number is too large for that"
+    half = x.to(torch.float16)
+    if half is not x and x.numel() and not all(v.isfinite() for v in torch.aminmax(half)):
+        require(False, file, f"{x.abs().max():g} is infinite as float16, expected at most 65504", name)
+    return half
+
 def read_part(checkpoint:Checkpoint,
               row:Row,
               shard:Shard, # our rank
-              lift:Callable=lambda x: x # takes it to the device
-             )->torch.Tensor: # on a CPU still memory mapped
+              lift:Callable=lambda x: x, # takes it to the device
+              dtype:torch.dtype|None=None # of a dense tensor; None = as stored
+             )->torch.Tensor: # on a CPU still memory mapped, unless `dtype` is float16
     "What a rank owns of one tensor, in our layout, checked"
     x = checkpoint.get(row.theirs)
     x = lift(part(x.transpose(-1, -2) if row.transposed else x, row.rule, shard, row.unit, row.theirs))
     if row.theirs.endswith("_scales"): check_scales(x, row.theirs, checkpoint.file(row.theirs))
     elif not row.packed: check_finite(x, row.theirs, checkpoint.file(row.theirs))
-    return x
+    return x if row.packed or dtype != torch.float16 else narrow(x, row.theirs, checkpoint.file(row.theirs))
 
 # %% ../nbs/21_models.ipynb #97921a02
 def unpack(w:MXFP4, # experts' weights
@@ -478,7 +512,7 @@ def load_weights(checkpoint:Checkpoint,
     with tqdm(total=total, unit="B", unit_scale=True, desc="Loading", leave=total > 1e9,
               disable=progress if progress is None else not progress) as bar, \
          ThreadPoolExecutor(min(8, os.cpu_count())) as readers:
-        read = partial(read_part, checkpoint, shard=shard, lift=partial(lift, device=device, readers=readers))
+        read = partial(read_part, checkpoint, shard=shard, lift=partial(lift, device=device, readers=readers), dtype=dtype)
         for ours, rows in groups.items():
             weights[ours] = load_weight(rows, read, dtype, device, prepare)
             bar.update(nbytes(rows))
@@ -516,6 +550,7 @@ def load_model(path=None, # folder of a checkpoint, or a Checkpoint; None = the 
     c = read_config(checkpoint)
     if device == "auto": device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = pick_dtype(dtype, c, torch.device(device))
+    check_count(checkpoint, c) # `admit` counts bytes tensor by tensor
     admit(c, dtype, device)
     ops = choose_ops(device, dtype, batch_invariant)
     return Transformer(c, load_weights(checkpoint, c, dtype, device, shard, progress=progress, prepare=ops.prepare), ops, shard)

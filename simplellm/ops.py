@@ -78,7 +78,8 @@ def kernel_options(device, batch_invariant:bool, pdl:bool|None # as in `choose_o
 def choose_ops(device:str|torch.device, # where the model runs
                dtype:torch.dtype, # of its activations
                batch_invariant:bool=False, # the same bits whoever else is in the batch? needs kernels
-               pdl:bool|None=None # may kernels start early? None = where the GPU can
+               pdl:bool|None=None, # may kernels start early? None = where the GPU can
+               split:bool=True # may attention cut a row's keys into parts that run side by side?
               )->Ops:
     "The implementation of each operation for this device and type"
     if not dtype.is_floating_point: raise ValueError(f"choose_ops: dtype={dtype}: expected a floating point type")
@@ -86,7 +87,7 @@ def choose_ops(device:str|torch.device, # where the model runs
     missing = "" if kind == "cuda" and find_spec("triton") else "kernels need Triton" if kind == "cuda" else "kernels need a GPU"
     if missing and batch_invariant: raise ValueError(f"choose_ops: batch_invariant=True: {missing}")
     if missing: return Ops(why=dict.fromkeys(OPERATIONS, f"PyTorch reference: {missing}"))
-    options = kernel_options(device, batch_invariant, pdl)
+    options = kernel_options(device, batch_invariant, pdl) | ({} if split else dict(split=False))
     ops, why = triton_ops(**options), dict.fromkeys(OPERATIONS, "Triton kernel")
     if not batch_invariant:
         why["linear"] = "Triton kernel for few tokens, cuBLAS for many"

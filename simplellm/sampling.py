@@ -60,7 +60,7 @@ class SamplingParams:
 
 # %% ../nbs/09_sampling.ipynb #4532a2f5
 _INF = math.inf
-_RANGES = dict(n=(Integral, 1, _INF), temperature=(Real, 0, _INF), top_p=(Real, 0, 1), top_k=(Integral, -1, _INF),
+_RANGES = dict(n=(Integral, 1, 16384), temperature=(Real, 0, _INF), top_p=(Real, 0, 1), top_k=(Integral, -1, 2**31 - 1),
                min_p=(Real, 0, 1), repetition_penalty=(Real, 0, _INF), presence_penalty=(Real, -2, 2),
                frequency_penalty=(Real, -2, 2), seed=(Integral, -2**63, 2**63 - 1), max_tokens=(Integral, 1, _INF),
                min_tokens=(Integral, 0, _INF), logprobs=(Integral, -1, _INF), prompt_logprobs=(Integral, -1, _INF))
@@ -119,8 +119,9 @@ def check_vocab(p:SamplingParams,
     for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
         ids = list(getattr(p, name) or ())
         check(max(ids, default=0) < vocab_size, name, ids, f"token ids below the vocabulary's size {vocab_size}")
-    banned = {ids[0] for ids in bad_words if len(ids) == 1} | (set(stop_ids) if p.min_tokens else set())
-    check(not p.allowed_token_ids or set(p.allowed_token_ids) - banned, "allowed_token_ids", p.allowed_token_ids,
+    allowed = set(p.allowed_token_ids or ())
+    banned = {ids[-1] for ids in bad_words if allowed.issuperset(ids)} | (set(stop_ids) if p.min_tokens else set())
+    check(not allowed or allowed - banned, "allowed_token_ids", p.allowed_token_ids,
           "a token that neither bad_words nor min_tokens forbids")
 
 # %% ../nbs/09_sampling.ipynb #7cfbc35c
@@ -189,8 +190,8 @@ def bad_word_ids(words:list[str]|None, # SamplingParams.bad_words
                  encode # text -> token ids
                 )->tuple[tuple[int, ...], ...]:
     "The token sequences that would write one of `words`, with a space before it or without"
-    spellings = [space + w.lstrip() for w in words or () for space in ("", " ")]
-    return tuple(dict.fromkeys(tuple(encode(s)) for s in spellings))
+    spellings = [s for w in words or () for s in ((w.lstrip(), " " + w.lstrip()) if w.strip() else (w,))]
+    return tuple(ids for ids in dict.fromkeys(tuple(encode(s)) for s in spellings) if ids)
 
 # %% ../nbs/09_sampling.ipynb #ec99f006
 def banned_ids(r # a Request: .tokens .num_output .params .stop_ids .bad_words

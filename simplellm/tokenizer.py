@@ -6,10 +6,11 @@
 __all__ = ['expressible', 'GPT2_PATTERN', 'O200K_PATTERN', 'SPACE', 'BYTE_NAMES', 'HARMONY_SPECIAL', 'TokenizerError',
            'Inexpressible', 'require', 'byte_chars', 'spell', 'unspell', 'entry', 'bpe_steps', 'listed_fully',
            'unreachable', 'merge_order', 'Added', 'Vocabulary', 'split_pattern', 'parts', 'read_bytelevel',
-           'check_model', 'read_merges', 'read_added', 'read_steps', 'apply', 'read_around', 'plain', 'character_ranks',
-           'prefix_scheme', 'read_metaspace', 'character_alphabet', 'read_ranks', 'read_speller', 'strips_space',
-           'read_vocabulary', 'finder', 'cut_out', 'cut_added', 'byte_table', 'spelled_ids', 'Tokenizer',
-           'read_tiktoken', 'LibraryTokenizer', 'open_library', 'open_json', 'load_tokenizer']
+           'check_model', 'read_merges', 'read_added', 'library_form', 'mend', 'normal_form', 'read_steps', 'apply',
+           'read_around', 'plain', 'character_ranks', 'prefix_scheme', 'read_metaspace', 'character_alphabet',
+           'read_ranks', 'read_speller', 'strips_space', 'read_vocabulary', 'finder', 'cut_out', 'cut_added',
+           'byte_table', 'spelled_ids', 'Tokenizer', 'read_tiktoken', 'LibraryTokenizer', 'open_library', 'open_json',
+           'load_tokenizer']
 
 # %% ../nbs/02_tokenizer.ipynb #45a5e26f
 import base64, json, re, threading, unicodedata
@@ -117,6 +118,8 @@ class Added:
     id:int
     special:bool=True
     normalized:bool=False # looked for after normalization instead of before
+    lstrip:bool=False # swallows the whitespace before it
+    rstrip:bool=False # swallows the whitespace behind it
 
 # %% ../nbs/02_tokenizer.ipynb #0a72357c
 @dataclass(frozen=True)
@@ -199,18 +202,37 @@ def read_merges(merges:list, # "a b" in older files, ["a", "b"] in newer ones
 def read_added(entries:list[dict]|None # the added_tokens section
               )->tuple[Added, ...]:
     "Added tokens"
-    return tuple(Added(t["content"], t["id"], bool(t.get("special")), bool(t.get("normalized"))) for t in entries or [])
+    flags = "special", "normalized", "lstrip", "rstrip"
+    return tuple(Added(t["content"], t["id"], *(bool(t.get(flag)) for flag in flags)) for t in entries or [])
 
 
 
 # %% ../nbs/02_tokenizer.ipynb #bcc1a8be
+def library_form(form:str # NFC, NFD, NFKC or NFKD
+                )->Callable[[str], str]|None: # None = it is not installed
+    "A normal form by the tables of Hugging Face's `tokenizers`"
+    try: from tokenizers import normalizers
+    except ImportError: return None
+    return getattr(normalizers, form)().normalize_str
+
+def mend(text:str)->str:
+    "Text without lone surrogates, which no library takes"
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+def normal_form(form:str, theirs:Callable[[str], str]|None, # from `library_form`
+                text:str)->str:
+    "Text in a normal form, as those who trained with it had it"
+    ours = unicodedata.normalize(form, text)
+    return ours if ours == text or theirs is None else theirs(mend(text))
+
+# %% ../nbs/02_tokenizer.ipynb #5f6e8e3c
 def read_steps(normalizer:dict|None # the normalizer section
               )->tuple[Callable[[str], str], ...]:
     "What is done to text, one function each"
     n = normalizer or {}
     kind, old = n.get("type"), n.get("pattern", {}).get("String")
     if kind == "Sequence": return tuple(chain.from_iterable(map(read_steps, n["normalizers"])))
-    if kind in ("NFC", "NFD", "NFKC", "NFKD"): return (partial(unicodedata.normalize, kind),)
+    if kind in ("NFC", "NFD", "NFKC", "NFKD"): return (partial(normal_form, kind, library_form(kind)),)
     if kind == "Prepend": return (lambda text: text and n["prepend"] + text,)
     expressible(not kind or old, f"normalizer {kind}, expected a Unicode normal form, Prepend or Replace of a String")
     return (lambda text: text.replace(old, n["content"]),) if kind else ()
@@ -369,6 +391,7 @@ class Tokenizer:
         self._finders = {allow: [finder(t.text for t in added if t.normalized == late and (allow or not t.special))
                                  for late in (False, True)] for allow in (False, True)}
         self.special = {token.text: token.id for token in v.added if token.special} # text -> id
+        self.lstrip, self.rstrip = ({t.text for t in v.added if getattr(t, side)} for side in ("lstrip", "rstrip"))
         self._special_ids, self._bytes = frozenset(self.special.values()), byte_table(v)
         self.vocab_size = len(self._bytes) # highest id + 1
         self._build(v)
@@ -450,10 +473,9 @@ class LibraryTokenizer(Tokenizer):
 
     def encode(self, text:str, allow_special:bool=False, add_special_tokens:bool=False, first:bool=True)->list[int]:
         "As `Tokenizer.encode`"
-        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         with self._lock:
             self._library.encode_special_tokens = not allow_special
-            found = self._library.encode(text, add_special_tokens=False)
+            found = self._library.encode(mend(text), add_special_tokens=False)
         made = set() if allow_special else self._never & {*found.ids}
         require(not made, f"the text spells special tokens that its tokenizer would make of it: {sorted(made)}")
         return (self._library.post_process(found) if add_special_tokens else found).ids

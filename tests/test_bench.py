@@ -2,8 +2,8 @@
 import json, math
 from collections import Counter
 import numpy as np, pytest, torch
-from simplellm.bench import (Case, ablations, bench, comparison, figures, fit_model, make_cases, medians, pick_ops, plot, read_lines, serve,
-                             share_of_floor, stage_kinds)
+from simplellm.bench import (Case, ablations, bench, comparison, figures, fit_model, make_cases, medians, micro, pick_ops, plot, read_lines,
+                             serve, share_of_floor, stage_kinds, tables)
 from simplellm.config import EngineConfig
 from simplellm.engine import Engine
 from simplellm.models import load_model, tiny_path
@@ -165,11 +165,14 @@ def test_operations_by_stage():
     assert stage_kinds("", "cpu") == {} and set(stage_kinds("reference", "cpu").values()) == {"reference"}
     kinds = stage_kinds("triton,decode=reference,prefill=flash", "cuda")
     assert (kinds.pop("decode"), kinds.pop("prefill")) == ("reference", "flash") and set(kinds.values()) == {"triton"} and "moe" in kinds
-    for wrong in ("flash", "decode=flash", "x=triton", "decode=", "triton,,x"):
+    assert stage_kinds("flash", "cuda") == stage_kinds("prefill=flash", "cuda") == {"prefill": "flash"}
+    assert stage_kinds("triton,flash", "cuda") == stage_kinds("triton,prefill=flash", "cuda")
+    for wrong in ("decode=flash", "=flash", "x=triton", "decode=", "triton,,x"):
         with pytest.raises(ValueError, match="ops="): stage_kinds(wrong, "cuda")
 
 def test_flash_that_is_missing_is_named():
-    with pytest.raises(ValueError, match="ops='prefill=flash': expected flash-attn, but"): pick_ops("prefill=flash", "cpu", torch.float32)
+    for text in ("flash", "prefill=flash"):
+        with pytest.raises(ValueError, match=f"ops='{text}': expected flash-attn, but"): pick_ops(text, "cpu", torch.float32)
 
 def test_what_is_not_asked_for_stays():
     plain, some = choose_ops("cpu", torch.float32), pick_ops("norm=triton", "cpu", torch.float32)
@@ -198,10 +201,10 @@ def test_stage_runs_what_it_names(model, monkeypatch):
 
 def test_ablations():
     case = Case("x", AGENTS, engine=dict(enable_prefix_caching=False))
-    assert [c.label for c in ablations(case, "cpu")] == ["x", "x, no continuous batching"]
+    assert [c.label for c in ablations(case, "cpu")] == ["x", "x, no continuous batching", "x, no fused QKV"]
     names = [c.label.removeprefix("x, no ") for c in ablations(Case("x", AGENTS), "cuda")[1:]]
     assert names[:4] == ["CUDA graphs", "overlap", "prefix cache", "continuous batching"]
-    assert {"norm kernel", "rope kernel", "prefill kernel", "decode kernel", "moe kernel"} <= set(names[4:])
+    assert {"split-KV", "fused QKV", "norm kernel", "rope kernel", "prefill kernel", "decode kernel nor graphs"} <= set(names[4:])
     last = next(c for c in ablations(Case("x", AGENTS), "cuda") if "moe" in c.label)
     assert stage_kinds(last.ops, "cuda") == {"moe": "reference"} and last.engine == {}
 
@@ -210,6 +213,7 @@ def test_early_starts_can_be_switched_off(monkeypatch):
     assert [pick_ops(text, "cuda", torch.bfloat16).options for text in ("", "triton", "triton,pdl=off", "pdl=off")] == [dict(pdl=True)] * 2 + [{}] * 2
     assert pick_ops("norm=triton", "cuda", torch.bfloat16).rms_norm.keywords == dict(pdl=True)
     last = next(c for c in ablations(Case("x", AGENTS), "cuda") if c.label == "x, no PDL")
+    assert pick_ops("pdl=off,splits=off", "cuda", torch.bfloat16).attention.keywords == dict(split=False)
     assert stage_kinds(last.ops, "cuda") == {} and not pick_ops(last.ops, "cuda", torch.bfloat16).options
 
 def test_every_combination():
@@ -229,6 +233,37 @@ def test_comparison(lines):
     table = comparison(again)
     assert table[""] == ("agents", "forgetful") and table["output, against the first"] == ("1.00x", "0.25x") and table["prefix_hit_rate"][1] == "0"
     assert {len(row) for row in table.values()} == {2}
+
+def test_only_equal_runs_share_a_median(lines):
+    "Another model, type or setting under the same label is another case, and the label says which"
+    one = lines[0]
+    other = [one | dict(model="b"), one | dict(dtype="torch.bfloat16"),
+             one | dict(settings=one["settings"] | dict(engine=one["settings"]["engine"] | dict(max_num_seqs=7)))]
+    for line, word in zip(other, ("model=b", "dtype=torch.bfloat16", "engine.max_num_seqs=7")):
+        labels = list(medians([one, one, line]))
+        assert len(labels) == 2 and labels[0].startswith("agents, ") and labels[1] == f"agents, {word}"
+    assert len(medians([one, *other])) == 4 and list(medians([one, one])) == ["agents"]
+    assert list(medians([dict(label="x", figures=dict(requests=n)) for n in (1, 2)])) == ["x"]
+
+def test_files_of_one_name(lines, tmp_path):
+    for folder in "ab":
+        (tmp_path/folder).mkdir()
+        (tmp_path/folder/"run.jsonl").write_text(json.dumps(lines[0]) + "\n")
+    files = [tmp_path/folder/"run.jsonl" for folder in "ab"]
+    assert list(medians(read_lines(files))) == [f"{file}: agents" for file in files]
+
+def test_parts_alone(lines):
+    "A line and a row for each, within the length that was asked for, and apart from workloads"
+    alone = [json.loads(json.dumps(l)) for l in micro(None, max_model_len=40, device="cpu", command="simplellm bench")]
+    assert [l["label"] for l in alone] == ["prefill: 1 x 40 after 0", *(f"decode: {n} x 1 after 39" for n in (1, 8, 32)), "attention: 8 x 1 after 39"]
+    assert [l["figures"]["tokens"] for l in alone] == [40, 1, 8, 32, 8] and all(l["settings"]["max_model_len"] == 40 for l in alone)
+    for l in alone:
+        f = l["figures"]
+        assert f["ms"] > 0 and f["tok_per_s"] == pytest.approx(1000 * f["tokens"] / f["ms"])
+        assert l["command"] == "simplellm bench" and l.keys() >= {"model", "dtype", "time", "machine", "ops", "run"}
+    found = tables(lines + alone)
+    assert list(found) == ["Medians of all runs", "Alone"] and list(found["Alone"]) == ["", *(l["label"] for l in alone)]
+    assert list(tables(alone)) == ["Alone"] and list(tables(lines)) == ["Medians of all runs"]
 
 def test_plot(lines, tmp_path):
     pytest.importorskip("matplotlib")
@@ -250,5 +285,8 @@ def test_command_line(tmp_path, capsys):
     assert line["settings"]["engine"]["max_num_seqs"] == 4 and len(line["requests"]) == 2 and line["command"].startswith("simplellm")
     (tmp_path/"b.jsonl").write_text(file.read_text())
     assert "1.00x" in run("--compare", file, tmp_path/"b.jsonl", "--plot", tmp_path/"a.png") and (tmp_path/"a.png").exists()
+    out = run("--micro", "--engine", "max_model_len=32", "--json", tmp_path/"c.jsonl")
+    assert "prefill: 1 x 32" in out and "tok/s" in out and len(read_lines([tmp_path/"c.jsonl"])) == 5
+    assert "attention: 8 x 1" in run("--compare", tmp_path/"c.jsonl")
     with pytest.raises(ValueError, match="--compare"): run("one", "two")
     with pytest.raises(ValueError, match="workload='x'"): run("--workload", "x")

@@ -1,11 +1,12 @@
 "Harmony token for token as `openai-harmony` has it, a parser that never raises, and detokenizing by properties"
-import json, os, random
+import json, os, random, time
 from pathlib import Path
 import pytest
 from hypothesis import given, settings, strategies as st
-from simplellm.chat import (ChatError, Delta, Detokenizer, FLAGS, HarmonyParser, Message, Special, encode_chat,
-                            encode_pieces, final_text, reasoning_text, render_harmony, render_message, render_template,
-                            template_pieces, tool_calls, without_old_analysis)
+from simplellm.chat import (ChatError, Delta, Detokenizer, FLAGS, HarmonyParser, Header, Message, Special, encode_chat,
+                            encode_pieces, final_text, parse_header, read_template, reasoning_text, render_harmony, render_message,
+                            render_template, template_pieces, tool_calls, without_old_analysis)
+from simplellm.checkpoint import CheckpointError
 from simplellm.tokenizer import Added, HARMONY_SPECIAL, O200K_PATTERN, Tokenizer, Vocabulary, load_tokenizer
 
 BASE = os.environ.get("TIKTOKEN_ENCODINGS_BASE")
@@ -253,6 +254,8 @@ def test_readings_of_malformed_answers():
     read = lambda s: run(BYTES, BYTES.encode(s, allow_special=True))[0]
     p = read("<|channel|>analysis<|message|>hm<|start|>assistant<|channel|>final<|message|>7<|return|>")
     assert p.flags == ["missing_end"] and final_text(p.messages) == "7" and reasoning_text(p.messages) == "hm"
+    p = read("<|channel|>thought<|message|>7<|end|><|start|>assistant to=functions.f<|message|>{}<|call|>") # an answer, and none
+    assert p.flags == ["unknown_channel"] and final_text(p.messages) == "7" and len(p.messages) == 2
     p = read("<|channel|>final The answer<|return|>")
     assert p.flags == ["missing_message"] and final_text(p.messages) == "The answer"
     p = read("<|channel|>final<|message|>ab\u00e9"[:-1] + "<|constrain|>cd<|return|>")
@@ -262,6 +265,11 @@ def test_readings_of_malformed_answers():
     assert read("").flags == ["cut"] and read("").messages == []
     p = read("<|channel|>commentary<|constrain|>a<|constrain|>b<|message|>{}<|call|>") # in no order that means anything
     assert p.flags == ["bad_header"] and (p.messages[0].recipient, p.messages[0].content_type) == (None, "<|constrain|>b")
+
+def test_long_headers_are_read_in_linear_time():
+    start = time.thread_time()
+    assert parse_header(" " * 300_000 + "x", ended=False) == (Header(), ["x"])
+    assert time.thread_time() - start < 5 # a minute, if each space were tried as the first of a run
 
 # ---- detokenizing
 
@@ -317,15 +325,50 @@ TEMPLATE = """{%- for m in messages %}{% if loop.first and tools %}{{ tools | to
 <|start|>{{ m.role }}<|message|>{{ m['content'] | trim }}{% if m.role == 'x' %}{% continue %}{% endif %}<|end|>
 {%- endfor %}{% if add_generation_prompt %}<|start|>assistant{% endif %}{{ extra }}"""
 
+TEMPLATE += """{% for m in messages %}{% for k in m %}{{ k }}={{ m[k] }};{% endfor %}{% endfor %}{{ documents is none }}{{ tools is none }}"""
+
 def test_templates_as_transformers_renders_them():
     utils = pytest.importorskip("transformers.utils.chat_template_utils")
-    messages = [dict(role="user", content=" a<b>&é "), dict(role="x", content="y"), dict(role="assistant", content="z")]
-    for tools in (None, [dict(type="function", function=dict(name="f", description="<é>"))]):
+    messages = [dict(role="user", content=" a<b>&é "), dict(role="x", content="y"), dict(role="assistant", content="z"),
+                dict(role="assistant", thinking="", reasoning="b", content=""), dict(reasoning="c", role="assistant", content="d"),
+                dict(role="assistant", reasoning_content="e", thinking="f", content="g")]
+    for tools in (None, [], [dict(type="function", function=dict(name="f", description="<é>"))]):
         want, _ = utils.render_jinja_template([messages], tools=tools, chat_template=TEMPLATE,
                                               add_generation_prompt=True, extra="!")
         assert render_template(TEMPLATE, messages, tools, extra="!") == want[0]
     with pytest.raises(ChatError): render_template("{{ messages.__class__.__mro__ }}", messages)
     with pytest.raises(ChatError): render_template("{% if %}", messages)
+    nothing = [dict(role="assistant", content=None, tool_calls=None, reasoning=None)] # as if it were not there
+    assert render_template("{{ messages[0] | length }}", nothing) == "1"
+
+@pytest.mark.parametrize("template, words", [
+    ("{{ 1 / 0 }}", "ZeroDivisionError"), ("{{ [].pop() }}", "IndexError|SecurityError"), ("{{ '{'.format() }}", "ValueError"),
+    ("{{ {}['a'].b }}", "UndefinedError"), ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
+    ("{{ range(10**9) }}", "OverflowError"), ("{{ raise_exception('as it says') }}", "as it says")])
+def test_whatever_a_template_does_is_a_chat_error(template, words):
+    with pytest.raises(ChatError, match=words): encode_chat(BYTES, [dict(role="user", content="a")], template=template)
+
+def test_messages_without_end():
+    message, deep = dict(role="user", content="a"), []
+    message["itself"] = message
+    for _ in range(10_000): deep = [deep]
+    for bad in (message, dict(role="user", content=deep)):
+        with pytest.raises(ChatError, match="chat template: RecursionError"): encode_chat(BYTES, [bad], template="{{ messages }}")
+
+def test_no_format_at_all():
+    plain = Tokenizer(Vocabulary({bytes([b]): b for b in range(256)}, O200K_PATTERN, (Added("</s>", 256),)))
+    with pytest.raises(ChatError, match="this checkpoint brings no chat template"): encode_chat(plain, [dict(role="user", content="a")])
+
+def test_templates_that_are_no_text(tmp_path):
+    for name in ("additional_chat_templates/rag.jinja", "chat_template.jinja"):
+        (tmp_path/name).parent.mkdir(exist_ok=True)
+        (tmp_path/"tokenizer_config.json").write_text('{"chat_template": "x"}')
+        (tmp_path/name).write_bytes(b"\xff\xfe{{ x }}")
+        with pytest.raises(CheckpointError, match=f"{Path(name).name}: expected UTF-8"): read_template(tmp_path)
+
+def test_documents_are_only_text():
+    pieces = template_pieces(BYTES, "{{ documents[0].text }}<|end|>", [], documents=[dict(text="a<|end|>")])
+    assert pieces == ["a<|end|>", "<|end|>"] and [isinstance(p, Special) for p in pieces] == [False, True]
 
 @given(st.lists(st.sampled_from(["<|end|>", "<|start|>", "<|", "end", "|>", "a", " "]), max_size=12))
 @settings(max_examples=100, deadline=None)

@@ -150,6 +150,11 @@ def test_stop_tokens(llm):
     out = llm.generate("x", stop_token_ids=[ord("d")], include_stop_str_in_output=True, max_tokens=30)[0].outputs[0]
     assert out.text == "abcd"
 
+def test_what_the_sampler_cannot_digest_reaches_one_request_only(llm):
+    text = llm.generate("x", bad_words=["\n", " "], seed=1, max_tokens=200, ignore_eos=True)[0].text
+    assert text and not set(text) & set("\n ")
+    assert len(llm.generate("x", n=3, temperature=1.0, seed=2**63 - 1, max_tokens=2)[0].outputs) == 3
+
 def test_half_characters(llm):
     script(llm, [*"a👍é".encode()])
     assert [c.text for c in llm.stream("x", max_tokens=7) if c.text] == ["a", "👍", "é"]
@@ -226,6 +231,16 @@ def test_chat_stop_string_counts_in_the_answer(llm):
     out = llm.chat(QUESTION, stop=["fou", "and"])[0]
     assert (out.text, out.outputs[0].stop_reason, out.reasoning) == ("It is ", "fou", "2 and 2")
     assert "".join(c.text for c in llm.chat_stream(QUESTION, stop="fou") if c.channel == "final") == "It is "
+
+def test_a_stop_token_in_a_chat_is_no_part_of_the_answer(llm):
+    script(llm, TOKENIZER.encode("<|channel|>final<|message|>85<|return|>", allow_special=True))
+    five = dict(stop_token_ids=TOKENIZER.encode("5"))
+    assert llm.chat(QUESTION, **five)[0].text == "8"
+    assert llm.chat(QUESTION, include_stop_str_in_output=True, **five)[0].text == "85"
+
+def test_text_on_an_unknown_channel_is_part_of_the_answer(llm):
+    script(llm, TOKENIZER.encode("<|channel|>answer<|message|>85<|return|>", allow_special=True))
+    assert llm.chat(QUESTION)[0].text == "85" == "".join(c.text for c in llm.chat_stream(QUESTION))
 
 def test_chat_tool_call(llm):
     script(llm, CALL)

@@ -37,7 +37,14 @@ OWN = dict( # what a family has beside the others
         mlp_only_layers=[0] if seed % 3 == 2 else [], decoder_sparse_step=2 if seed % 5 == 4 else 1),
     nanochat=lambda rng, seed, layers: dict(attention_bias=seed % 3 == 1, final_logit_softcapping=rng.choice([15.0, 3.0])),
     mixtral=lambda rng, seed, layers: experts(rng, rng.choice([2, 4, 7])) | dict(
-        head_dim=rng.choice([None, 16][seed % 4 == 2:]), sliding_window=rng.choice([None, 5, 16]))) # transformers' Mixtral has no YaRN without head_dim
+        head_dim=rng.choice([None, 16][seed % 4 == 2:]), sliding_window=rng.choice([None, 5, 16])), # transformers' Mixtral has no YaRN without head_dim
+    gpt_oss=lambda rng, seed, layers: experts(rng, rng.choice([1, 4, 7])) | dict(
+        head_dim=rng.choice([16, 32]), sliding_window=rng.choice([1, 7, 16, 33]),
+        layer_types=[rng.choice(["sliding_attention", "full_attention"]) for _ in range(layers)]))
+
+def stored(seed):
+    "The type of a checkpoint's tensors: each once in three or four seeds, and under several kinds of RoPE"
+    return "bfloat16" if seed % 3 == 0 else "float16" if seed % 5 == 2 else "float32"
 
 def random_config(family, seed, **changes):
     "A model that nobody would train, in transformers' words"
@@ -49,13 +56,13 @@ def random_config(family, seed, **changes):
              rms_norm_eps=rng.choice([1e-5, 1e-6]), tie_word_embeddings=seed % 2 == 1, eos_token_id=[3, 5], bos_token_id=None, pad_token_id=None,
              rope_parameters=dict(rope_type=kind, rope_theta=rng.choice([1e4, 5e5]), **ROPE[kind]), attn_implementation="eager")
     name = FAMILIES[family].architecture.removesuffix("ForCausalLM")
-    return getattr(transformers, name + "Config")(**d | OWN[family](rng, seed, layers) | changes)
+    return getattr(transformers, name + "Config")(**d | OWN[family](rng, seed, changes.get("num_hidden_layers", layers)) | changes)
 
 def random_judge(family, seed, folder, **changes):
-    "transformers' model, written to a folder as float32 or bfloat16; the judge has what was written, in float32"
+    "transformers' model, written to a folder as `stored` says; the judge has what was written, in float32"
     config = random_config(family, seed, **changes)
     torch.manual_seed(seed)
-    model, dtype = getattr(transformers, FAMILIES[family].architecture)(config).eval(), torch.bfloat16 if seed % 3 == 0 else torch.float32
+    model, dtype = getattr(transformers, FAMILIES[family].architecture)(config).eval(), getattr(torch, stored(seed))
     for name, p in model.named_parameters():
         centre, spread = (1, .2) if "norm" in name else (0, .2 if "bias" in name else p.shape[-1] ** -.5)
         p.data = (centre + spread * torch.randn_like(p)).to(dtype).float()
@@ -78,7 +85,7 @@ def test_family(tmp_path, family, seed):
     "The same greedy tokens alone, and in chunks with company and a found prefix; the same logits however they are computed"
     judge, rng = random_judge(family, seed, tmp_path), random.Random(seed)
     model = load_model(tmp_path, device="cpu")
-    assert model.config.dtype == ("bfloat16" if seed % 3 == 0 else "float32") and model.dtype == torch.float32
+    assert model.config.dtype == stored(seed) and model.dtype == torch.float32
     first, other = ([rng.randrange(model.config.vocab_size) for _ in range(PROMPT)] for _ in range(2))
     prompts = [first, first[:24] + other[24:], other]
     engine = Engine(model, EngineConfig(max_num_batched_tokens=16, max_num_seqs=3, max_model_len=128, num_blocks=64, block_size=8))
@@ -122,6 +129,14 @@ REFUSED = [
     ("llama", dict(rope_parameters=dict(rope_type="yarn", type="linear", rope_theta=1e4, factor=2.0)), "contradicts"),
     ("llama", dict(num_hidden_layers=10**18), "num_hidden_layers"), ("llama", dict(mlp_bias="yes"), "mlp_bias"),
     ("llama", dict(quantization_config=dict(quant_method="mxfp4")), "quantization_config"), ("qwen3", dict(head_dim="gone"), "head_dim"),
+    ("llama", dict(original_max_position_embeddings=64, rope_parameters=dict(rope_type="yarn", rope_theta=1e4, factor=2.0,
+        original_max_position_embeddings=32)), "original_max_position_embeddings 64 contradicts"),
+    *[("llama", dict(rope_parameters=dict(rope_type="default", rope_theta=n)), "rope_theta") for n in (1, 1e13, 10**400)],
+    ("llama", dict(layer_types=["sliding_attention"], sliding_window=4), "layer_types"),
+    ("qwen2", dict(use_sliding_window=True, sliding_window="gone"), "missing field 'sliding_window'"),
+    ("qwen2", dict(use_sliding_window=False, sliding_window=4, layer_types=["sliding_attention"]), "use_sliding_window False contradicts layer_types"),
+    ("qwen3_moe", dict(use_sliding_window=False, layer_types=["sliding_attention"]), "layer_types"),
+    ("mixtral", dict(sliding_window=None, layer_types=["sliding_attention"]), "layer_types"),
     ("nanochat", dict(hidden_act="silu"), "hidden_act 'silu'"), ("nanochat", dict(final_logit_softcapping=None), "final_logit_softcapping"),
     ("nanochat", dict(final_logit_softcapping=-1), "final_logit_softcapping"), ("nanochat", dict(hidden_act="gone"), "hidden_act"),
     ("qwen2", dict(use_sliding_window="gone"), "use_sliding_window"), ("qwen2", dict(use_sliding_window="no"), "use_sliding_window"),
@@ -139,6 +154,19 @@ def test_refused(tmp_path, family, changes, words):
     assert read_config(tmp_path).family == family
     file.write_text(json.dumps({k: v for k, v in (json.loads(file.read_text()) | changes).items() if v != "gone"}))
     with pytest.raises(CheckpointError, match=words): read_config(tmp_path)
+
+def test_fields_that_stand_elsewhere(tmp_path):
+    "Read as transformers reads them: Mixtral has no switch for its window, and a length may stand beside the other numbers of YaRN"
+    def read(family, seed, **changes):
+        random_config(family, seed).save_pretrained(tmp_path)
+        file = tmp_path/"config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+        return read_config(tmp_path)
+    assert {*read("mixtral", 0, sliding_window=5, use_sliding_window=False).windows} == {5}
+    assert {*read("qwen3_moe", 0, sliding_window=5, use_sliding_window=False).windows} == {None}
+    assert {*read("qwen3_moe", 0, sliding_window=None, use_sliding_window=True).windows} == {None}
+    yarn = dict(rope_type="yarn", rope_theta=1e4, factor=2.0)
+    assert read("llama", 0, rope_parameters=yarn, original_max_position_embeddings=32).rope.original_max_position == 32
 
 HUB = dict( # config.json as published, shortened; the model's parameters
     llama=(dict(head_dim=64, hidden_size=2048, intermediate_size=8192, max_position_embeddings=131072, num_attention_heads=32, num_hidden_layers=16,
@@ -183,13 +211,13 @@ BLOCK = """{%- macro call(c) %}<tool_call>
     {%- if m.role == 'tool' -%}
         {%- if loop.first or loop.previtem.role != 'tool' %}{{ '<|im_start|>user' }}{% endif %}{{ '\\n<tool_response>' ~ m.content ~ '</tool_response>' }}
         {%- if loop.last or loop.nextitem.role != 'tool' %}{{ '<|im_end|>\\n' }}{% endif -%}
-    {%- else %}{{ '<|im_start|>' ~ m.role ~ '\\n' ~ (m.content or '') }}{% for c in m.tool_calls or [] %}{{ call(c) }}{% endfor %}{{ '<|im_end|>\\n' }}{% endif -%}
+    {%- else %}{{ '<|im_start|>' ~ m.role ~ '\\n' ~ (m.content or '') }}{% if m.reasoning_content is defined %}{{ 'why: ' ~ m.reasoning_content }}{% endif %}{% for c in m.tool_calls or [] %}{{ call(c) }}{% endfor %}{{ '<|im_end|>\\n' }}{% endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
 HEADERS = """{{- bos_token }}{%- if date_string is not defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif -%}
 {%- set ns = namespace(text='', start=0) %}{% if messages[0]['role'] == 'system' %}{% set ns.text = messages[0]['content'] | trim %}{% set ns.start = 1 %}{% endif -%}
 <|im_start|>system
-Today: {{ date_string }}
+Today: {{ date_string }}{{ ' no documents' if documents is none }}
 {{ ns.text }}
 {%- if tools is not none %}
 {{ tools | tojson(indent=4) }}
@@ -198,7 +226,7 @@ Today: {{ date_string }}
     {%- if m.role == 'skip' %}{% continue %}{% endif %}
     {%- if m.tool_calls is defined %}{% if m.tool_calls | length != 1 %}{{ raise_exception('one call at a time') }}{% endif %}
         {%- set c = m.tool_calls[0].function %}{{ '{"name": "' + c.name + '", "parameters": ' }}{{ c.arguments | tojson }}{{ '}' }}{{ eos_token }}
-    {%- elif m.role == 'assistant' %}{% generation %}{{ m.content | trim }}{{ eos_token }}{% endgeneration %}
+    {%- elif m.role == 'assistant' %}{% generation %}{{ m.thinking if m.thinking is defined }}{{ m.name is defined }}{{ m.content | trim }}{{ eos_token }}{% endgeneration %}
     {%- else %}<|im_start|>{{ m.role }}
 {{ m.content | trim }}<|im_end|>
     {%- endif %}
@@ -215,8 +243,10 @@ def talks(rng):
         talk = [dict(role="system", content=words())] * (n % 2) + [dict(role="user", content=words())]
         calls = [dict(type="function", function=dict(name="add", arguments=dict(a=k, b=words()))) for k in range(n % 3)]
         if n & 4 and calls: talk += [dict(role="assistant", content=None, tool_calls=calls)] + [dict(role="tool", content=words()) for _ in calls]
-        talk += [dict(role="assistant", content=words()), dict(role="user", content=words())] * (n % 4 == 3)
-        yield talk, [CALL] * (n % 3) or None
+        thoughts = rng.choice([{}, dict(reasoning=words()), dict(thinking=words(), reasoning=None), dict(reasoning_content=words(), thinking="old")])
+        talk += [dict(role="assistant", content=words(), tool_calls=None) | thoughts, dict(role="user", content=words())] * (n % 4 == 3)
+        if n % 8 == 5: talk.append(dict(role="assistant", content=None, name=None))
+        yield talk, [CALL] * (n % 3) or ([] if n % 2 else None)
 
 @pytest.fixture(scope="module")
 def plain_tokenizer(tmp_path_factory):

@@ -76,6 +76,18 @@ def test_packed(write_gpt_oss):
         assert torch.equal(w.blocks, t[f"model.{k.replace('.gate', '.mlp.experts.gate').replace('.down', '.mlp.experts.down')}_blocks"])
     assert sum(isinstance(w, MXFP4) for w in packed.values()) == 4
 
+def test_too_large_for_float16(write_gpt_oss):
+    "What a wider type can hold and float16 cannot is refused under its name, not turned into infinity"
+    d = write_gpt_oss.json()
+    for value, ok in ((6e4, True), (1e5, False), (-1e5, False)):
+        tensors = write_gpt_oss.tensors(d)
+        tensors["model.norm.weight"][3] = value
+        folder = write_gpt_oss(d, tensors)
+        assert load(folder, torch.bfloat16)["final_norm"][3].isfinite()
+        if ok: load(folder, torch.float16)
+        else:
+            with pytest.raises(CheckpointError, match="model.safetensors.*model.norm.weight.*float16"): load(folder, torch.float16)
+
 def test_nothing_shared(write_gpt_oss):
     "Loaded weights are copies: overwriting the file afterwards changes nothing"
     folder = write_gpt_oss()

@@ -148,7 +148,7 @@ def test_defaults_are_vllms():
     assert (p.repetition_penalty, p.presence_penalty, p.frequency_penalty, p.ignore_eos) == (1.0, 0.0, 0.0, False)
     assert p.skip_special_tokens and not p.include_stop_str_in_output and p.plain and not p.greedy
 
-WRONG = dict(n=[0, 1.0], temperature=[-0.1, math.inf, "1", None], top_p=[0, 1.01], top_k=[-2, 2.5], min_p=[-0.1, 1.1],
+WRONG = dict(n=[0, 1.0, 10**9], temperature=[-0.1, math.inf, "1", None], top_p=[0, 1.01], top_k=[-2, 2.5, 2**63], min_p=[-0.1, 1.1],
              repetition_penalty=[0], presence_penalty=[2.1], frequency_penalty=[-2.1], seed=[2**63, 1.5],
              max_tokens=[0], min_tokens=[-1, 17], stop=["", ["a", ""], 5], stop_token_ids=[[-1], ["a"]],
              bad_words=[[""], "x"],
@@ -165,7 +165,9 @@ def test_refused_by_vocabulary():
         with pytest.raises(ValueError, match=next(iter(wish))): check_vocab(SamplingParams(**wish), V)
     nothing_left = SamplingParams(allowed_token_ids=[3])
     with pytest.raises(ValueError, match="allowed_token_ids"): check_vocab(nothing_left, V, bad_words=((3,),))
+    with pytest.raises(ValueError, match="allowed_token_ids"): check_vocab(nothing_left, V, bad_words=((3, 3),)) # at the second token
     check_vocab(SamplingParams(stop_token_ids=[V - 1], allowed_token_ids=[3, 4]), V, bad_words=((3,),))
+    check_vocab(nothing_left, V, bad_words=((4, 3),)) # never comes to that
 
 def test_bad_words_in_both_spellings():
     spellings = bad_word_ids(["no", " no", "yes"], lambda text: [ord(c) for c in text])

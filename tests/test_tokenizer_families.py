@@ -105,15 +105,12 @@ def both(data):
     "Our tokenizer and the library's"
     return Tokenizer(read_vocabulary(data)), hf.Tokenizer.from_str(json.dumps(data))
 
-def assert_same(ours, theirs, texts, form=None):
+def assert_same(ours, theirs, texts):
     "Same ids and text, with and without special tokens and the template"
-    names, skipped = set(ours.special.values()), 0
+    names = set(ours.special.values())
     for allow in (False, True):
         theirs.encode_special_tokens = not allow
         for text, want in zip(texts, theirs.encode_batch(texts, add_special_tokens=allow)):
-            if form and theirs.normalizer.normalize_str(text) != unicodedata.normalize(form, text): # marks the library does not know
-                skipped += 1
-                continue
             got = ours.encode(text, allow_special=allow, add_special_tokens=allow)
             assert got == want.ids, (text, allow, [ours.token_bytes(i) for i in got], want.tokens)
             assert allow or not names & {*got}
@@ -121,7 +118,6 @@ def assert_same(ours, theirs, texts, form=None):
             assert ours.decode(got, True) == theirs.decode(got, skip_special_tokens=True), text
             streamed = b"".join(map(ours.token_bytes, got)).decode("utf-8", "replace")
             assert streamed.removeprefix(" " if ours.vocabulary.strip else "") == ours.decode(got)
-    assert skipped <= len(texts) // 50
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_ids_of_a_family(family):
@@ -130,7 +126,16 @@ def test_ids_of_a_family(family):
     assert ours.runs_on == "tiktoken" and ours.vocab_size == theirs.get_vocab_size()
     names = [t["content"] for t in data["added_tokens"]]
     texts = [random_text(rng, names) for _ in range(3000)] + ["", " ", "  a", "a  ", *names, "".join(names), "▁a", " ▁ a"]
-    assert_same(ours, theirs, texts, "NFC" if family == "qwen" else None)
+    assert_same(ours, theirs, texts)
+
+def test_marks_newer_than_the_library(monkeypatch):
+    "Its ids where it is installed; elsewhere Python's tables, which reorder marks that the library does not know"
+    data, marks = FAMILIES["qwen"](), "q\u0301\u08d3 e\u0301\u1df7\u0323 a\u08d3\u0301"
+    ours, theirs = both(data)
+    assert ours.encode(marks) == theirs.encode(marks).ids and ours.encode(marks + "\ud800") == ours.encode(marks + "\ufffd")
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    alone = Tokenizer(read_vocabulary(data))
+    assert alone.decode(alone.encode(marks)) == unicodedata.normalize("NFC", marks) != ours.decode(ours.encode(marks))
 
 def test_pieces_of_a_prompt():
     "After a special token no space is put in front, where the scheme is `first`"
@@ -193,6 +198,21 @@ def swallowing():
     data = FAMILIES["mixtral"]()
     data["added_tokens"].append(added("<|end|>", len(data["model"]["vocab"])) | dict(rstrip=True))
     return data
+
+def test_special_tokens_swallow_whitespace_in_a_chat(tmp_path):
+    "`lstrip` and `rstrip` mean the same in the pieces of a prompt as in one text"
+    from simplellm.chat import Special, encode_pieces, template_pieces
+    data = swallowing()
+    data["added_tokens"].append(added("<|start|>", len(data["model"]["vocab"]) + 1) | dict(lstrip=True))
+    (tmp_path/"tokenizer.json").write_text(json.dumps(data))
+    ours, theirs = load_tokenizer(tmp_path), hf.Tokenizer.from_str(json.dumps(data))
+    start, end = Special("<|start|>"), Special("<|end|>")
+    for text in ("", " ", "a", "  a ", "\n\u3000a\u00a0b\t", "\x1c a \x1c", " \x85\u2028", "\u200b a \u200b"):
+        pieces = [text, start, text, end, text, start, end, text, end, start, text]
+        assert encode_pieces(ours, pieces) == theirs.encode("".join(pieces), add_special_tokens=False).ids, text
+        sly = template_pieces(ours, "<|start|>{{ messages[0].content }}<|end|>\n{{ messages[0].content }}", [dict(content=text + "<|end|>")])
+        assert encode_pieces(ours, sly).count(ours.special["<|end|>"]) == 1
+    assert encode_pieces(ours, [end, " \n b"]) == encode_pieces(ours, [end, "b"]) != encode_pieces(ours, [start, " \n b"])[1:]
 
 def unigram():
     data = FAMILIES["metaspace, split"]()
