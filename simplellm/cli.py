@@ -303,6 +303,7 @@ def bench(targets: argument(list[str]|None, "A model, else the shipped one; with
     if compare: lines = b.read_lines(targets)
     else:
         check(len(targets) < 2, "bench", " ".join(targets), "one model, or --compare and result files")
+        check(not micro or not (ablate or kernels), "micro", micro, "neither --ablate nor --kernels beside it")
         cases = b.make_cases(workload, preset, arrival, sessions or [None], prompt or [None], output,
                              ops or [""], engine or [])
         if ablate: cases = [c for case in cases for c in b.ablations(case, "cuda" if gpu else "cpu")]
