@@ -60,7 +60,7 @@ class SamplingParams:
 
 # %% ../nbs/09_sampling.ipynb #4532a2f5
 _INF = math.inf
-_RANGES = dict(n=(Integral, 1, 16384), temperature=(Real, 0, _INF), top_p=(Real, 0, 1), top_k=(Integral, -1, 2**31 - 1),
+_RANGES = dict(n=(Integral, 1, 16384), temperature=(Real, 0, _INF), top_p=(Real, 0, 1), top_k=(Integral, -1, 2**63 - 1),
                min_p=(Real, 0, 1), repetition_penalty=(Real, 0, _INF), presence_penalty=(Real, -2, 2),
                frequency_penalty=(Real, -2, 2), seed=(Integral, -2**63, 2**63 - 1), max_tokens=(Integral, 1, _INF),
                min_tokens=(Integral, 0, _INF), logprobs=(Integral, -1, _INF), prompt_logprobs=(Integral, -1, _INF))
