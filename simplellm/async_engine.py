@@ -328,15 +328,13 @@ class Asking:
              chat_template_kwargs:dict|None=None, # variables of the checkpoint's template; none in harmony
              use_tqdm:bool|None=None, **params)->Generation: # as in `generate`
         "Answer conversations"
-        options = dict(tools=tools, reasoning_effort=reasoning_effort, date=date)
-        options["chat_template_kwargs"], talks = chat_template_kwargs, list_conversations(messages)
-        return Generation(self, make_jobs(self, talks, sampling_params, params, options), use_tqdm)
+        options = dict(tools=tools, reasoning_effort=reasoning_effort, date=date, chat_template_kwargs=chat_template_kwargs)
+        return Generation(self, make_jobs(self, list_conversations(messages), sampling_params, params, options), use_tqdm)
 
     def chat_stream(self, messages:list[dict], sampling_params=None, *, tools=None, reasoning_effort=None, date=None,
                     chat_template_kwargs=None, timeout:float|None=None, **params)->Stream: # as in `chat` and `stream`
         "Answer one conversation, piece by piece"
-        options = dict(tools=tools, reasoning_effort=reasoning_effort, date=date)
-        options["chat_template_kwargs"] = chat_template_kwargs
+        options = dict(tools=tools, reasoning_effort=reasoning_effort, date=date, chat_template_kwargs=chat_template_kwargs)
         return Stream(self, *make_jobs(self, [messages], sampling_params, params, options, stream=True), timeout)
 
 # %% ../nbs/28_async_engine.ipynb #4566a1ee

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 from .async_engine import LLM, open_model
+from .chat import THOUGHTS
 from .checkpoint import Checkpoint
 from .config import check
 from .kvcache import bytes_per_block
@@ -58,7 +59,7 @@ def print_reply(chunks:Iterable, # of engine.Chunk
         else: console.file.write(text)
     try:
         for c in chunks:
-            thought, here = c.recipient is None and c.channel in ("analysis", "commentary"), (c.channel, c.recipient)
+            thought, here = c.recipient is None and c.channel in THOUGHTS, (c.channel, c.recipient)
             if not c.text or thought and not console.is_terminal: continue
             if where not in (None, here): console.print()
             call = f"call {c.recipient.removeprefix('functions.')} " if c.recipient and where != here else ""

@@ -11,7 +11,7 @@ __all__ = ['SILENCE', 'Logprob', 'Piece', 'CompletionOutput', 'Chunk', 'RequestO
 import itertools, random
 from dataclasses import dataclass, field, replace
 from .blocks import BlockPool
-from .chat import Delta, Detokenizer, HarmonyParser, StopStrings, reasoning_text, tool_calls
+from .chat import THOUGHTS, Delta, Detokenizer, HarmonyParser, StopStrings, reasoning_text, tool_calls
 from .config import EngineConfig, check
 from .cudagraph import Graphs
 from .memory import plan_cache
@@ -99,7 +99,7 @@ class Reader(NoReader):
     "Reads a raw completion, or the harmony of a chat: what is thought, what is said, which functions are called"
     def __init__(self, tokenizer, params:SamplingParams, chat:bool=False):
         self.chat, self.shows_end = chat, params.include_stop_str_in_output
-        self.marks = set(tokenizer.special.values()) if chat else () # these also end messages, and never show
+        self.is_mark = tokenizer.is_special if chat else (lambda token: False) # marks also end messages, and never show
         self.stops = StopStrings(params.stop or (), self.shows_end)
         if chat: self.source = HarmonyParser(tokenizer)
         else: self.source = Detokenizer(tokenizer, skip_special_tokens=params.skip_special_tokens)
@@ -107,13 +107,13 @@ class Reader(NoReader):
 
     stopped = property(lambda self: self.stops.found)
     def feed(self, token:int, ends:bool=False, check_stop:bool=True):
-        if ends and not self.shows_end and token not in self.marks: return SILENCE
+        if ends and not self.shows_end and not self.is_mark(token): return SILENCE
         return self.read(self.source.feed(token), check_stop)
 
     def read(self, news:Delta|str|None, check_stop:bool=True):
         if isinstance(news, Delta): self.where, news = (news.channel, news.recipient), news.text
         channel, recipient = self.where
-        if news and recipient is None and channel not in ("analysis", "commentary"):
+        if news and recipient is None and channel not in THOUGHTS:
             news = self.stops.feed(news, check_stop)
             self.said.append(news)
         return news or "", *self.where

@@ -16,7 +16,7 @@ __all__ = ['expressible', 'GPT2_PATTERN', 'O200K_PATTERN', 'SPACE', 'BYTE_NAMES'
 import base64, json, re, threading, unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial, reduce
+from functools import lru_cache, partial, reduce
 from itertools import chain, count, groupby, pairwise
 from pathlib import Path
 import tiktoken
@@ -208,6 +208,7 @@ def read_added(entries:list[dict]|None # the added_tokens section
 
 
 # %% ../nbs/02_tokenizer.ipynb #bcc1a8be
+@lru_cache
 def library_form(form:str # NFC, NFD, NFKC or NFKD
                 )->Callable[[str], str]|None: # None = it is not installed
     "A normal form by the tables of Hugging Face's `tokenizers`"
@@ -219,11 +220,13 @@ def mend(text:str)->str:
     "Text without lone surrogates, which no library takes"
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
-def normal_form(form:str, theirs:Callable[[str], str]|None, # from `library_form`
-                text:str)->str:
+def normal_form(form:str, text:str,
+                library:Callable=library_form # asked only where it matters: importing it takes time
+               )->str:
     "Text in a normal form, as those who trained with it had it"
     ours = unicodedata.normalize(form, text)
-    return ours if ours == text or theirs is None else theirs(mend(text))
+    if ours == text or (theirs := library(form)) is None: return ours
+    return theirs(mend(text))
 
 # %% ../nbs/02_tokenizer.ipynb #5f6e8e3c
 def read_steps(normalizer:dict|None # the normalizer section
@@ -232,7 +235,7 @@ def read_steps(normalizer:dict|None # the normalizer section
     n = normalizer or {}
     kind, old = n.get("type"), n.get("pattern", {}).get("String")
     if kind == "Sequence": return tuple(chain.from_iterable(map(read_steps, n["normalizers"])))
-    if kind in ("NFC", "NFD", "NFKC", "NFKD"): return (partial(normal_form, kind, library_form(kind)),)
+    if kind in ("NFC", "NFD", "NFKC", "NFKD"): return (partial(normal_form, kind),)
     if kind == "Prepend": return (lambda text: text and n["prepend"] + text,)
     expressible(not kind or old, f"normalizer {kind}, expected a Unicode normal form, Prepend or Replace of a String")
     return (lambda text: text.replace(old, n["content"]),) if kind else ()
