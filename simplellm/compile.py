@@ -182,6 +182,7 @@ def all_kernels()->list[str]:
     names = [f"simplellm.kernels.{m.name}" for m in pkgutil.iter_modules(package.__path__)]
     return [n for n in names if "AOT" in Path(importlib.util.find_spec(n).origin).read_text()]
 
+# %% ../nbs/10_compile.ipynb #compile-main
 def main(argv:list[str]|None=None # None = the command line's
         )->int: # exit status
     "Compile kernels and print what they need"
