@@ -5,14 +5,21 @@
 # %% auto #0
 __all__ = ['RESERVED', 'WISHES', 'weight_bytes', 'activation_bytes', 'budget', 'block_bytes', 'concurrency', 'options',
            'flags_that_fit', 'layers_that_fit', 'smallest_memory', 'advice', 'check_memory', 'gpu_memory',
-           'refuse_too_large', 'powers', 'spread', 'rehearsals', 'rehearse', 'measure_step', 'measure_graphs',
-           'unused_memory', 'all_graphs', 'cache_blocks', 'measure_blocks', 'plan_cache']
+           'refuse_too_large', 'powers', 'spread', 'rehearsals', 'rehearse', 'rehearse_all', 'measure_step',
+           'compiling', 'compile_kernels', 'measure_graphs', 'unused_memory', 'all_graphs', 'cache_blocks',
+           'measure_blocks', 'plan_cache']
 
 # %% ../nbs/26_memory.ipynb #29613591
 import gc, math, torch
 from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from copy import copy
 from dataclasses import replace
 from functools import cache
+from threading import get_ident
+from unittest.mock import patch
 from .config import EngineConfig, ModelConfig, check
 from .cudagraph import Graphs
 from .kvcache import blocks_for, bytes_per_block
@@ -162,15 +169,51 @@ def rehearse(runner:Runner, rows:list[tuple[int, int]], # as from `spread`
         r.num_computed, r.block_table = past, [0] * blocks_for(past + new, runner.kv.block_size)
     runner.run(Step(requests, [new for new, _ in rows], requests))
 
-def measure_step(model, e:EngineConfig, longest:int, dtype # a Transformer; as in `rehearsals`; of the cache
-                )->int: # bytes
-    "What a largest step takes for a moment; afterwards every kernel is compiled"
+def rehearse_all(model, e:EngineConfig, longest:int, dtype # a Transformer; as in `rehearsals`; of the cache
+                )->None:
+    "Compute every step that was thought of"
     runner = Runner(model, model.new_cache(1, e.block_size, dtype), model.device, sample=model.ops.sample)
-    torch.cuda.reset_peak_memory_stats(model.device)
-    before = torch.cuda.memory_allocated(model.device)
     for rows in rehearsals(e, longest): rehearse(runner, rows, prompt_logprobs=0)
     for wish in WISHES: rehearse(runner, spread(e.max_num_batched_tokens, min(e.max_num_seqs, e.max_num_batched_tokens), longest), **wish)
+
+def measure_step(model, e:EngineConfig, longest:int, dtype # as in `rehearse_all`
+                )->int: # bytes
+    "What a largest step takes for a moment; afterwards every kernel is compiled"
+    torch.cuda.reset_peak_memory_stats(model.device)
+    before = torch.cuda.memory_allocated(model.device)
+    rehearse_all(model, e, longest, dtype)
     return torch.cuda.max_memory_allocated(model.device) - before
+
+# %% ../nbs/26_memory.ipynb #53124807
+@contextmanager
+def compiling(device # where the kernels will run
+             )->Iterator[None]:
+    "What this thread launches is compiled instead, many kernels at a time"
+    import triton
+    run, made, here = triton.JITFunction.run, set(), get_ident()
+    def note(*args, **options):
+        if get_ident() != here: return run(*args, **options) # of another engine
+        made.add(run(*args, **options | dict(warmup=True)))
+    def load(kernel): # or the promise of one
+        with torch.cuda.device(device): getattr(kernel, "result", lambda: kernel)().run
+    with ThreadPoolExecutor() as threads:
+        with patch.object(triton.JITFunction, "run", note), triton.AsyncCompileMode(threads): yield
+        list(threads.map(load, made))
+
+def compile_kernels(model, e:EngineConfig, longest:int, dtype # as in `rehearse_all`
+                   )->None:
+    "All that rehearsals and decode steps with padding will launch"
+    if model.ops.asks_cpu: return
+    import triton
+    if not hasattr(triton, "AsyncCompileMode"): return # Triton 3.4: each kernel when it is first launched
+    kinds, some = [(w, type(m)) for w, (_, m) in zip(model.config.windows, model.layers)], copy(model)
+    some.layers = model.layers[:1 + max(map(kinds.index, kinds))]
+    with compiling(model.device):
+        rehearse_all(some, e, longest, dtype)
+        graphs = Graphs(some, some.new_cache(2, e.block_size, dtype), e.max_num_seqs, longest)
+        for n in graphs.sizes:
+            graphs.compute(n)
+            graphs.batch.token_ids.zero_()
 
 # %% ../nbs/26_memory.ipynb #4500c745
 def measure_graphs(model, e:EngineConfig, longest:int, dtype # as in `measure_step`
@@ -208,6 +251,7 @@ def cache_blocks(free:int, total:int, # bytes of the GPU with the weights in it
 def measure_blocks(model, e:EngineConfig, longest:int, dtype, block_bytes:int)->int: # as above
     "Blocks for which this device has memory"
     if model.device.type != "cuda": return 2**30 // block_bytes
+    compile_kernels(model, e, longest, dtype)
     peak = measure_step(model, e, longest, dtype)
     graphs = 0 if e.enforce_eager or model.ops.asks_cpu else measure_graphs(model, e, longest, dtype)
     unused_memory(model.device)

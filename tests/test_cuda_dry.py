@@ -1,6 +1,7 @@
 """The way of a request on a GPU, walked without one: gpt-oss-120b's sizes, tensors without data on another device, and launches that are
 only written down. Two questions: does anything mix devices or wait for a number, and does serving need a kernel that the rehearsal lacked?"""
-import random
+import contextlib, random, threading
+from types import SimpleNamespace
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -105,17 +106,43 @@ def serve(model, e, longest, graphs, count, seed):
 def test_what_is_served_was_rehearsed(launches, settings, longest, graphs):
     model, e, luck = hollow("synthetic:gpt-oss-120b?layers=2"), EngineConfig(**settings), random.Random(0)
     with OneDevice():
-        memory.measure_step(model, e, longest, torch.bfloat16)
-        eager = len(launches.variants)
-        if graphs:
-            made = Graphs(model, model.new_cache(2), e.max_num_seqs, longest)
-            for n in made.sizes: made.compute(n)
+        memory.compile_kernels(model, e, longest, torch.bfloat16)
         before = set(launches.variants)
+        memory.measure_step(model, e, longest, torch.bfloat16)
         steps = serve(model, e, longest, graphs, 30, 0)
         runner = runners.Runner(model, model.new_cache(1), GPU, sample=model.ops.sample)
         for n in (*range(1, 35), 100, 511):
             for past in {0, 7, 300, 600, 5000, 17000, longest - n}:
                 if n + past <= longest: memory.rehearse(runner, [(n, past), *[(1, 3)] * luck.choice([0, 1, 30, 63])], prompt_logprobs=luck.choice([None, 1]))
     new = launches.variants - before
-    print(len(before), "variants,", eager, "of them before graphs are recorded;", steps, "steps")
+    print(len(before), "variants;", steps, "steps")
     assert steps > 30 and not new, "\n".join(map(str, new))
+
+def scale(x, y, n, BLOCK: triton.language.constexpr):
+    i = triton.language.arange(0, BLOCK)
+    triton.language.store(y + i, triton.language.load(x + i, mask=i < n) * 2, mask=i < n)
+
+@pytest.mark.skipif(not hasattr(triton, "AsyncCompileMode"), reason="this Triton compiles one kernel at a time")
+def test_kernels_are_compiled_side_by_side_and_none_is_launched(monkeypatch, tmp_path):
+    "By the real compiler, for a driver that only takes notes; what another thread launches meanwhile is launched"
+    loaded, launched = [], []
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    def launcher(src, metadata):
+        loaded.append(metadata.name)
+        return lambda *args: launched.append(args[:3])
+    driver = SimpleNamespace(launcher_cls=launcher, get_current_device=lambda: 0, get_current_stream=lambda device: 0,
+        get_current_target=lambda: triton.backends.compiler.GPUTarget("cuda", 90, 32), utils=SimpleNamespace(
+            load_binary=lambda *args: (1, 1, 0, 0, 1024), get_device_properties=lambda device: dict(max_shared_mem=2**17)))
+    monkeypatch.setattr(triton.runtime.driver, "_active", driver)
+    kernel, x = triton.JITFunction(scale), torch.ones(32)
+    def launch(n, dtype=torch.float32): kernel[n,](x.to(dtype), torch.empty_like(x), n, BLOCK=32)
+    with memory.compiling("cuda:0"):
+        for n in 16, 32, 7, 5: launch(n)
+        launch(7, torch.float16)
+        other = threading.Thread(target=launch, args=(9,))
+        other.start()
+        other.join()
+    assert launched == [(9, 1, 1)] and len(loaded) == 3 # a multiple of 16, another number, another type
+    for n in 48, 11: launch(n)
+    assert launched[1:] == [(48, 1, 1), (11, 1, 1)] and len(loaded) == 3
