@@ -363,9 +363,10 @@ class LLM(Asking):
 
     def cancel(self, *ids:str): cancel(self.worker, ids) # request ids; those already done are passed over
     def close(self, drain:bool=True): # finish what was submitted, or abort it?
-        "End the engine; later submissions are refused"
+        "End the engine and give its cache back; later submissions are refused"
         stop(self.worker, drain)
         self.finalizer.detach()
+        if not self.worker.thread.is_alive(): self.engine.runner = None # holds keys, values and graphs
 
     def __enter__(self): return self
     def __exit__(self, kind, *_): self.close(drain=kind is None)

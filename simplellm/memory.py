@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['RESERVED', 'WISHES', 'weight_bytes', 'activation_bytes', 'budget', 'block_bytes', 'concurrency', 'options',
            'flags_that_fit', 'layers_that_fit', 'smallest_memory', 'advice', 'check_memory', 'gpu_memory',
-           'refuse_too_large', 'powers', 'spread', 'rehearsals', 'rehearse', 'rehearse_all', 'measure_step',
-           'compiling', 'compile_kernels', 'measure_graphs', 'unused_memory', 'all_graphs', 'cache_blocks',
+           'unused_memory', 'refuse_too_large', 'powers', 'spread', 'rehearsals', 'rehearse', 'rehearse_all',
+           'measure_step', 'compiling', 'compile_kernels', 'measure_graphs', 'all_graphs', 'cache_blocks',
            'measure_blocks', 'plan_cache']
 
 # %% ../nbs/26_memory.ipynb #29613591
@@ -129,10 +129,16 @@ def gpu_memory(device="cuda")->tuple[int, int]: # bytes free, bytes in all
     limit = int(total * torch.cuda.get_per_process_memory_fraction(torch.device(device).index)) # refuses "cuda" without a number
     return min(free, limit - torch.cuda.memory_reserved(device)), limit
 
+def unused_memory(device)->int: # bytes
+    "What is free once PyTorch has given back what it only keeps in reserve"
+    gc.collect()
+    torch.cuda.empty_cache()
+    return gpu_memory(device)[0]
+
 def refuse_too_large(e:EngineConfig, c:ModelConfig, dtype:torch.dtype, device)->None: # of the dense weights; where they go
     "Before anything is loaded: will it fit on this device?"
     if torch.device(device).type != "cuda": return
-    free, total = gpu_memory(device)
+    free, total = unused_memory(device), gpu_memory(device)[1]
     check_memory(replace(c, dtype=str(dtype).removeprefix("torch.")), e, total, total - free)
 
 # %% ../nbs/26_memory.ipynb #e0fa9084
@@ -225,12 +231,6 @@ def measure_graphs(model, e:EngineConfig, longest:int, dtype # as in `measure_st
         graphs.record(n)
         free.append(unused_memory(model.device))
     return all_graphs([a - b for a, b in zip(free, free[1:])], len(graphs.sizes))
-
-def unused_memory(device)->int: # bytes
-    "What is free once PyTorch has given back what it only keeps in reserve"
-    gc.collect()
-    torch.cuda.empty_cache()
-    return gpu_memory(device)[0]
 
 def all_graphs(grown:list[int], # bytes that the largest took, and the second if there are two
                count:int # of graphs

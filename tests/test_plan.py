@@ -6,8 +6,8 @@ from simplellm.checkpoint import Checkpoint
 from simplellm.config import EngineConfig
 from simplellm.models import load_model, load_weights, read_config, tiny_path
 from simplellm.mxfp4 import MXFP4
-from simplellm.memory import (budget, cache_blocks, check_memory, concurrency, flags_that_fit, gpu_memory, measure_step, rehearsals, spread,
-                              smallest_memory, weight_bytes)
+from simplellm.memory import (budget, cache_blocks, check_memory, concurrency, flags_that_fit, gpu_memory, measure_step,
+                              refuse_too_large, rehearsals, smallest_memory, spread, weight_bytes)
 from simplellm.plan import ceiling, distinct_experts, plan, step_bytes
 from simplellm.synthetic import Synthetic, write_checkpoint
 
@@ -90,6 +90,15 @@ def test_a_model_that_does_not_fit_is_refused_before_it_is_read(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", half)
     assert gpu_memory() == (int(40e9), int(40e9))
     with pytest.raises(ValueError, match=r"of 40\.00 GB"): LLM("synthetic:gpt-oss-120b", device="cuda")
+
+def test_what_an_engine_has_left_is_no_reason_to_refuse_the_next(monkeypatch):
+    "PyTorch keeps freed memory in reserve, and gives it back when asked"
+    held = [int(70e9)]
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(79e9) - held[0], int(80e9)))
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 1.0)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: held[0])
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: held.clear() or held.append(0))
+    refuse_too_large(EngineConfig(max_model_len=1024), config_of("gpt-oss-120b"), torch.bfloat16, "cuda")
 
 def test_what_is_taken_counts():
     c, e = config_of("gpt-oss-120b"), EngineConfig(max_model_len=1128, max_num_seqs=64, max_num_batched_tokens=1024, gpu_memory_utilization=.95)
