@@ -14,7 +14,7 @@ import gc, json, os, platform, resource, time, timeit
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
-from importlib.metadata import version
+from importlib import import_module
 from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
@@ -270,7 +270,7 @@ def kernel_table(engine:Engine, sessions:list, params:SamplingParams, # as in `s
 # %% ../nbs/32_bench.ipynb #b7f77ffe
 def machine(device:str)->dict:
     "What the numbers belong to"
-    versions = {p: version(p) for p in ("simplellm", "torch", "triton") if find_spec(p)}
+    versions = {p: import_module(p).__version__ for p in ("simplellm", "torch", "triton") if find_spec(p)} # installed or not
     versions |= dict(python=platform.python_version(), cuda=torch.version.cuda)
     name = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
     return dict(device=name, cores=os.cpu_count(), threads=torch.get_num_threads(), load=os.getloadavg()[0],
