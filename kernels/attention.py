@@ -32,7 +32,7 @@ def _raise_max(m, s): # -> new maximum, what to subtract from scores, and how fa
 @triton.jit
 def _merge(parts, part_lse, at, used, mine, BM: tl.constexpr, D: tl.constexpr):
     m, l, acc = tl.full([BM], -float("inf"), tl.float32), tl.zeros([BM], tl.float32), tl.zeros([BM, D], tl.float32)
-    for s in tl.range(0, used, loop_unroll_factor=4):
+    for s in tl.range(0, used, loop_unroll_factor=4 if BM * D <= 2048 else 1): # large tiles leave no registers for more
         e = tl.load(part_lse + at + s * BM, mask=mine, other=-float("inf"), cache_modifier=".cg")
         o = tl.load(parts + (at + s * BM)[:, None] * D + tl.arange(0, D)[None, :], mask=mine[:, None], other=0., cache_modifier=".cg")
         m, safe, fade = _raise_max(m, e)
@@ -184,4 +184,5 @@ def _case(model, what, max_q=1, dtype="bf16", block_size=16, **fixed):
 
 AOT = [_case("gpt-oss", "decode, splits", SPLIT=True), _case("gpt-oss", "decode, window, PDL", WINDOW=128, PDL=True),
        _case("gpt-oss", "decode, slots", block_size=4096), _case("gpt-oss", "few tokens", 8, SPLIT=True), _case("gpt-oss", "prefill, window", 512, WINDOW=128),
-       _case("Llama", "prefill", 512), _case("Qwen3", "decode, splits", SPLIT=True), _case("Qwen3", "prefill", 512), _case("tiny", "decode, fp32", dtype="fp32")]
+       _case("Llama", "prefill", 512), _case("Qwen3", "decode, splits", SPLIT=True), _case("Qwen3", "few tokens", 8, SPLIT=True),
+       _case("Qwen3", "prefill, splits", 512, SPLIT=True), _case("tiny", "decode, fp32", dtype="fp32")]
