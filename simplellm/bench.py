@@ -120,7 +120,7 @@ def count_experts(engine:Engine, sessions:list, params:SamplingParams)->dict|Non
         gates, ids = ops.route(*args, **options)
         seen.setdefault(len(ids), []).append(ids.unique().numel())
         return gates, ids
-    model.ops, engine.runner.graphs = replace(ops, route=route), None
+    model.ops, engine.runner.graphs = replace(ops, route=route, fused={}), None
     most, budget = min(len(sessions), engine.config.max_num_seqs), engine.config.max_num_batched_tokens - len(sessions)
     output = 4 + -(-sum(len(s[0].tokens) for s in sessions) // max(budget, 1)) # the first still decodes when the last has begun
     try: serve(engine, [[s[0]._replace(output=output)] for s in sessions], [0.0] * len(sessions), params)
@@ -144,7 +144,7 @@ def share_of_floor(c, requests:list, steps:list, # ModelConfig; as in `figures`
     return sum(nbytes(rows) for _, rows in decode) / bandwidth / sum(s for s, _ in decode) if decode else None
 
 # %% ../nbs/32_bench.ipynb #8b47b11f
-OFF = {"pdl=off": dict(pdl=False), "splits=off": dict(split=False), "qkv=off": {}} # what `--ops` turns off; for `choose_ops`
+OFF = {"pdl=off": dict(pdl=False), "splits=off": dict(split=False), "fused=off": {}, "qkv=off": {}} # what `--ops` turns off; for `choose_ops`
 STAGES = dict(norm=["rms_norm"], rope=["rope_store"], prefill=["attention"], decode=["attention"], mlp=["linear"],
               moe=["route", "moe", "prepare"], sample=["sample"])
 
@@ -174,7 +174,9 @@ def pick_ops(text:str, device:str, dtype)->Ops: # as in `stage_kinds`; of the ac
     def attention(*args, **options): return (decode if args[6] == 1 else prefill)(*args, **options) # max_q
     chosen["attention"] = prefill if prefill is decode else attention
     asks = ops.asks_cpu or "reference" in (kinds.get("decode"), kinds.get("moe"))
-    return replace(ops, **chosen, asks_cpu=asks, why=why)
+    parts = {kinds.get(s) for s in ("norm", "mlp", "moe")} # that our fused kernels are made of
+    fused = {} if "fused=off" in text.split(",") or "reference" in parts else made["triton"]["fused"] if parts == {"triton"} else ops.fused
+    return replace(ops, **chosen, fused=fused, asks_cpu=asks, why=why)
 
 # %% ../nbs/32_bench.ipynb #938a81fd
 def apart(linear:Callable, # `Ops.linear`
@@ -196,7 +198,8 @@ def fit_model(model:Transformer, # from the case before
     "The same model with the operations that a case wants"
     c, device, dtype, prepare = model.config, model.device, model.dtype, model.ops.prepare
     ops = pick_ops(text, device.type, dtype)
-    model.ops = ops = replace(ops, linear=apart(ops.linear, c)) if "qkv=off" in text.split(",") else ops
+    three = dict(linear=apart(ops.linear, c), fused={k: f for k, f in ops.fused.items() if k != "norm_linear"})
+    model.ops = ops = replace(ops, **three) if "qkv=off" in text.split(",") else ops
     if device.type == "cpu" or ops.prepare is prepare: return model
     del model # two do not fit
     return Transformer(c, load_weights(open_model(name, device.type), c, dtype, device, prepare=ops.prepare), ops)
@@ -220,7 +223,8 @@ def ablations(case:Case, device:str)->list[Case]:
     fast = [stage for stage, names in STAGES.items() if any(getattr(ops, n) is not getattr(plain, n) for n in names)]
     less = [(name, dict(engine=case.engine | off)) for name, off in SWITCHES.items()
             if off.items() - case.engine.items() and (device == "cuda" or name not in ("CUDA graphs", "overlap"))]
-    off = {"PDL": ops.options.get("pdl") and "pdl=off", "split-KV": "decode" in fast and "splits=off", "fused QKV": "qkv=off"}
+    off = {"PDL": ops.options.get("pdl") and "pdl=off", "split-KV": "decode" in fast and "splits=off",
+           "fused kernels": ops.fused and "fused=off", "fused QKV": "qkv=off"}
     less += [(name, dict(ops=f"{case.ops},{word}")) for name, word in off.items() if word]
     less += [(f"{stage} kernel" + " nor graphs" * (device == "cuda" and stage in ("decode", "moe")), # as the reference asks the CPU
               dict(ops=f"{case.ops},{stage}=reference")) for stage in fast]
@@ -239,7 +243,7 @@ def make_cases(workload:str, preset:str, arrival:str, # as in `find_shape` and `
     return [Case(f"{label(s)} {o}".strip(), s, arrival, o, settings) for s, o in product(shapes, ops)]
 
 # %% ../nbs/32_bench.ipynb #af68a1a8
-PARTS = dict(experts=("_few", "_many"), cache=("_attend",), dense=("_linear", "gemm", "gemv", "nvjet", "cublas", "splitk"))
+PARTS = dict(experts=("_few", "_many"), cache=("_attend",), dense=("_linear", "_norm_route", "gemm", "gemv", "nvjet", "cublas", "splitk"))
 
 def kernel_table(engine:Engine, sessions:list, params:SamplingParams, # as in `serve`
                  steps:int=10 # to be profiled

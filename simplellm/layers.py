@@ -78,22 +78,24 @@ def lay_out(weights:dict # name -> tensor, changed one by one, so that there is 
         if weights[name] is not weights["embed"]: weights[name] = sums_first(name, weights[name])
 
 # %% ../nbs/19_layers.ipynb #23e12d21
-def attention_layer(x:Tensor, # [T, H] normalized
+def attention_layer(x:Tensor, # [T, H] residual stream
+                    more:Tensor|None, # [T, H] still to be added to it
                     w:AttentionWeights, # of this layer
                     batch:Batch, # who the tokens are
                     k_cache:Tensor, v_cache:Tensor, # [blocks, block_size, kv_heads, D], written and read
                     rope:Tensor, # [max_position, D] table of angles
                     window:int|None, # keys a query sees; None = all
                     ops:Ops, # implementations
-                    eps:float=1e-5, # of the norms of queries and keys, where there are any
-                    all_reduce:Callable=lambda x: x # adds up the ranks' partial sums
-                   )->Tensor: # [T, H], to be added to the residual
+                    eps:float=1e-5, # of all norms
+                    all_reduce:Callable|None=None # adds up the ranks' partial sums; None = there is one rank
+                   )->tuple[Tensor, Tensor|None]: # [T, H] twice: as x and more
     "Tokens read from each other"
-    qkv = ops.linear(x, w.qkv_proj_weight, w.qkv_proj_bias)
+    qkv, x = ops.norm_linear(x, more, w.attn_norm, eps, w.qkv_proj_weight, w.qkv_proj_bias)
     q = ops.rope_store(qkv, batch.positions, rope, k_cache, v_cache, batch.slot_mapping, w.q_norm, w.k_norm, eps, memo=batch.memo)
     out = ops.attention(q, k_cache, v_cache, batch.block_tables, batch.seq_lens, batch.cu_seqlens_q,
                         batch.max_q, batch.max_k, rope.shape[1] ** -0.5, window, w.sinks, memo=batch.memo)  # [T, heads, D]
-    return all_reduce(ops.linear(out.flatten(1), w.o_proj_weight, w.o_proj_bias))
+    if all_reduce is None: return ops.linear_add(out.flatten(1), w.o_proj_weight, w.o_proj_bias, x)
+    return x, all_reduce(ops.linear(out.flatten(1), w.o_proj_weight, w.o_proj_bias))
 
 # %% ../nbs/19_layers.ipynb #6e4140a7
 def relu2(x:Tensor # [..., I]
@@ -109,30 +111,38 @@ def activation_of(config:ModelConfig # names it
     return partial(clamped_swiglu, alpha=config.swiglu_alpha, limit=config.swiglu_limit)
 
 # %% ../nbs/19_layers.ipynb #c4d5f8fd
-def moe_layer(x:Tensor, # [T, H] normalized
+def moe_layer(x:Tensor, # [T, H] residual stream
+              more:Tensor|None, # [T, H] still to be added to it
               w:MoeWeights, # of this layer
               top_k:int, # experts per token
               activation:Callable, # from `activation_of`
               ops:Ops, # implementations
-              all_reduce:Callable=lambda x: x, # adds up the ranks' partial sums
+              eps:float=1e-5, # of the norm
+              all_reduce:Callable|None=None, # adds up the ranks' partial sums; None = there is one rank
               normalize:bool=True, # do a token's weights sum to 1?
               active:Tensor|None=None # from the batch: how many rows are no padding
-             )->Tensor: # [T, H], to be added to the residual
+             )->tuple[Tensor, Tensor|None]: # [T, H] twice: as x and more
     "Each token is worked on by its best experts"
-    gates, ids = ops.route(ops.linear(x, w.router_weight, w.router_bias), top_k, normalize=normalize, active=active)
+    router = w.mlp_norm, eps, w.router_weight, w.router_bias
+    h, gates, ids, x = ops.norm_route(x, more, *router, top_k, normalize=normalize, active=active)
     experts = w.gate_up_proj, w.gate_up_proj_bias, w.down_proj, w.down_proj_bias
-    return all_reduce(ops.moe(x, gates, ids, *experts, activation))
+    if all_reduce is None: return ops.moe_add(h, gates, ids, *experts, activation, x=x)
+    return x, all_reduce(ops.moe(h, gates, ids, *experts, activation))
 
 # %% ../nbs/19_layers.ipynb #0c571f40
-def mlp_layer(x:Tensor, # [T, H] normalized
+def mlp_layer(x:Tensor, # [T, H] residual stream
+              more:Tensor|None, # [T, H] still to be added to it
               w:MlpWeights, # of this layer
               activation:Callable, # from `activation_of`
               ops:Ops, # implementations
-              all_reduce:Callable=lambda x: x # adds up the ranks' partial sums
-             )->Tensor: # [T, H], to be added to the residual
+              eps:float=1e-5, # of the norm
+              all_reduce:Callable|None=None # adds up the ranks' partial sums; None = there is one rank
+             )->tuple[Tensor, Tensor|None]: # [T, H] twice: as x and more
     "Each token is worked on by the same MLP"
-    hidden = activation(ops.linear(x, w.gate_up_proj_weight, w.gate_up_proj_bias))  # [T, I]
-    return all_reduce(ops.linear(hidden, w.down_proj_weight, w.down_proj_bias))
+    gate_up, x = ops.norm_linear(x, more, w.mlp_norm, eps, w.gate_up_proj_weight, w.gate_up_proj_bias)
+    hidden = activation(gate_up)  # [T, I]
+    if all_reduce is None: return ops.linear_add(hidden, w.down_proj_weight, w.down_proj_bias, x)
+    return x, all_reduce(ops.linear(hidden, w.down_proj_weight, w.down_proj_bias))
 
 # %% ../nbs/19_layers.ipynb #e90f18c6
 def embed(ids:Tensor, # [T] token ids

@@ -32,7 +32,7 @@ class Transformer:
         self.config, self.shard, self.table = config, shard, weights["embed"]
         self.device, self.dtype = self.table.device, self.table.dtype
         self.ops = ops or choose_ops(self.device, self.dtype)
-        self.sum = all_reduce or partial(parallel.all_reduce, size=shard.size)
+        self.sum = all_reduce or (partial(parallel.all_reduce, size=shard.size) if shard.size > 1 else None)
         self.share = shard.rank * len(self.table), self.sum if len(self.table) < config.vocab_size else None # its first word, and how ranks add up
         if self.device.type == "cpu" and (self.ops.linear, self.ops.moe) == (Ops.linear, Ops.moe): lay_out(weights) # kernels want rows
         kinds = [(AttentionWeights, MoeWeights if config.has_experts(i) else MlpWeights) for i in range(config.num_layers)]
@@ -53,17 +53,13 @@ class Transformer:
     @torch.inference_mode()
     def states(self, batch:Batch, kv:KVCache)->Tensor: # [N, H]
         "What the layers make of the tokens of `batch.logits_rows`"
-        norm, eps = self.ops.rms_norm, self.config.rms_eps
+        norm, eps, more = self.ops.rms_norm, self.config.rms_eps, None
         x = embed(batch.token_ids, self.table, *self.share)
         if self.config.embed_norm: x = norm(x, None, eps)
-        residual = torch.zeros_like(x)
         for i, (a, m) in enumerate(self.layers):
-            x, residual = norm(x, a.attn_norm, eps, residual)
-            window = self.config.windows[i]
-            x = attention_layer(x, a, batch, *kv.layer(i), self.rope, window, self.ops, eps, self.sum)
-            x, residual = norm(x, m.mlp_norm, eps, residual)
-            x = self.think(x, m, batch.active)
-        return norm((x + residual)[batch.logits_rows], self.final_norm, eps)
+            x, more = attention_layer(x, more, a, batch, *kv.layer(i), self.rope, self.config.windows[i], self.ops, eps, self.sum)
+            x, more = self.think(x, more, m, batch.active)
+        return norm((x if more is None else x + more)[batch.logits_rows], self.final_norm, eps)
 
     @torch.inference_mode()
     def words(self, x:Tensor)->Tensor: # [N, H] of `states` -> [N, vocab_size] float32
@@ -71,10 +67,11 @@ class Transformer:
         logits, cap = score_words(x, self.lm_head, self.ops, self.config.vocab_size, *self.share), self.config.logit_softcap
         return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
 
-    def think(self, x:Tensor, m:MoeWeights|MlpWeights, active:Tensor|None=None)->Tensor: # [T, H] normalized -> [T, H]
+    def think(self, x:Tensor, more:Tensor|None, m:MoeWeights|MlpWeights, active:Tensor|None=None)->tuple[Tensor, Tensor|None]: # as of `mlp_layer`
         "The half of a layer that treats each token alone"
-        if isinstance(m, MlpWeights): return mlp_layer(x, m, self.activation, self.ops, self.sum)
-        return moe_layer(x, m, self.config.top_k, self.activation, self.ops, self.sum, self.config.norm_topk_prob, active)
+        c = self.config
+        if isinstance(m, MlpWeights): return mlp_layer(x, more, m, self.activation, self.ops, c.rms_eps, self.sum)
+        return moe_layer(x, more, m, c.top_k, self.activation, self.ops, c.rms_eps, self.sum, c.norm_topk_prob, active)
 
 # %% ../nbs/20_transformer.ipynb #fe1f850e
 def new_cache(model:Transformer, # also a method of it

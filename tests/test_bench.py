@@ -176,7 +176,7 @@ def test_flash_that_is_missing_is_named():
 
 def test_what_is_not_asked_for_stays():
     plain, some = choose_ops("cpu", torch.float32), pick_ops("norm=triton", "cpu", torch.float32)
-    changed = {f for f in vars(plain) if getattr(plain, f) is not getattr(some, f)} - {"options", "why"}
+    changed = {f for f in vars(plain) if getattr(plain, f) is not getattr(some, f)} - {"options", "why", "fused"}
     assert changed == {"rms_norm"} and some.rms_norm.__module__ == "simplellm.kernels.norm" and some.why["rms_norm"] == "asked for: norm=triton"
 
 def test_kernels_need_a_gpu_or_the_interpreter(monkeypatch):
@@ -205,6 +205,8 @@ def test_ablations():
     names = [c.label.removeprefix("x, no ") for c in ablations(Case("x", AGENTS), "cuda")[1:]]
     assert names[:4] == ["CUDA graphs", "overlap", "prefix cache", "continuous batching"]
     assert {"split-KV", "fused QKV", "norm kernel", "rope kernel", "prefill kernel", "decode kernel nor graphs"} <= set(names[4:])
+    assert "fused kernels" in names and "x, no fused kernels" not in [c.label for c in ablations(Case("x", AGENTS, ops="norm=reference"), "cuda")]
+    assert not pick_ops("fused=off", "cuda", torch.bfloat16).fused and not pick_ops("moe=reference", "cuda", torch.bfloat16).fused and pick_ops("", "cuda", torch.bfloat16).fused
     last = next(c for c in ablations(Case("x", AGENTS), "cuda") if "moe" in c.label)
     assert stage_kinds(last.ops, "cuda") == {"moe": "reference"} and last.engine == {}
 

@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 
 triton = pytest.importorskip("triton")
-from simplellm.kernels.linear import FEW, count_splits, counters, linear, tile_sizes
+from simplellm.kernels.linear import FEW, FUSED, count_splits, counters, linear, linear_add, norm_linear, tile_sizes
+from simplellm.norm import rms_norm
 
 device = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 STEP = {torch.float32: 3e-6, torch.float16: 2**-9} # float16 stands for bfloat16, whose products the interpreter gets wrong
@@ -48,3 +49,21 @@ def test_programs_that_share_a_tile_finish_it_once():
 def test_what_does_not_fit_is_named(change, name):
     args = dict(x=torch.zeros(2, 4), weight=torch.zeros(3, 4), bias=None) | change
     with pytest.raises(ValueError, match=name): linear(**{k: v if v is None else v.to(device) for k, v in args.items()})
+
+@pytest.mark.parametrize("dtype", STEP, ids=str)
+@pytest.mark.parametrize("T,N,H,K,gain,bias", [(1, 17, 40, 300, True, True), (3, 5, 513, 33, False, True), (8, 33, 100, 64, True, False), (16, 20, 300, 48, True, True)])
+def test_a_sum_after_and_a_norm_before(T, N, H, K, gain, bias, dtype):
+    g = torch.Generator().manual_seed(T)
+    h, x, w, b = noise(g, T, 2 * K, dtype=dtype)[:, K:], noise(g, T, H, dtype=dtype), noise(g, H, K, dtype=dtype) / K**0.5, noise(g, H, dtype=dtype) if bias else None
+    before, got = x.clone(), linear_add(h, w, b, x)
+    torch.testing.assert_close(got, x + F.linear(h, w, b), atol=STEP[dtype], rtol=STEP[dtype])
+    torch.testing.assert_close(got.squares.sum(1), got.float().square().sum(1), rtol=1e-5, atol=1e-6)
+    v, norm, b = noise(g, N, H, dtype=dtype) / H**0.5, noise(g, H, dtype=dtype) if gain else None, noise(g, N, dtype=dtype) if bias else None
+    torch.testing.assert_close(norm_linear(got, norm, 1e-6, v, b), F.linear(rms_norm(got, norm, 1e-6), v, b), atol=4 * STEP[dtype], rtol=STEP[dtype])
+    assert x.equal(before) and not counters(x.device).any()
+
+def test_what_is_not_fused_says_so():
+    g = torch.Generator().manual_seed(0)
+    many, x, w = noise(g, FUSED + 1, 64), noise(g, 2, 64), noise(g, 64, 64)
+    assert linear_add(many, w, None, many) is None and linear_add(x[:0], w, None, x[:0]) is None and linear_add(x, w.T, None, x) is None
+    assert norm_linear(x, None, 1e-5, w, None) is None # nobody has left its squares

@@ -8,6 +8,7 @@ triton = pytest.importorskip("triton")
 from simplellm import mxfp4, moe as plain
 from simplellm.kernels import moe as ours
 from simplellm.kernels.mxfp4 import dequantize_mxfp4, prepare, quantize_mxfp4
+from simplellm.norm import rms_norm
 
 device = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 STEP = {torch.float32: 2e-5, torch.float16: 2**-7} # float16 stands for bfloat16, whose products the interpreter gets wrong
@@ -110,3 +111,32 @@ def test_no_tokens():
     g = torch.Generator().manual_seed(0)
     _, mine = experts(g, 32, 32, 3, False, torch.float32)
     assert ours.moe(noise(g, 0, 32), *ours.route(noise(g, 0, 3), 2), *mine, clamped).shape == (0, 32)
+
+@pytest.mark.parametrize("dtype", STEP, ids=str)
+@pytest.mark.parametrize("T,H,E,k,gain,bias,normalize,active", [(1, 300, 20, 3, True, True, True, None), (5, 64, 128, 4, True, False, False, 3), (16, 544, 4, 2, False, True, True, 16)])
+def test_norm_router_routing_and_the_sum_after(T, H, E, k, gain, bias, normalize, active, dtype):
+    g = torch.Generator().manual_seed(T)
+    x, w, router, b = noise(g, T, H, dtype=dtype), noise(g, H, dtype=dtype) if gain else None, noise(g, E, H, dtype=dtype) / H**0.5, noise(g, E, dtype=dtype) if bias else None
+    x.squares = torch.stack([part.float().square().sum(1) for part in x.split(32, 1)], 1)
+    some = None if active is None else torch.tensor(active, device=device)
+    h, weights, ids = ours.norm_route(x, w, 1e-5, router, b, k, normalize=normalize, active=some)
+    torch.testing.assert_close(h, rms_norm(x, w, 1e-5), atol=STEP[dtype], rtol=STEP[dtype])
+    want, best = plain.route(torch.nn.functional.linear(h, router, b), k, normalize)
+    n = T if active is None else active
+    torch.testing.assert_close((weights[:n], ids[:n]), (want[:n], best[:n]), atol=4 * STEP[dtype], rtol=STEP[dtype])
+    assert (ids[n:] == -1).all() and not weights[n:].any() and not ours.counters(h.device).any()
+
+@pytest.mark.parametrize("T,k,padding", [(1, 3, 0), (5, 2, 2), (16, 4, 0)])
+def test_experts_add_to_the_stream(T, k, padding):
+    g = torch.Generator().manual_seed(T)
+    _, mine = experts(g, 96, 32, 4, True, torch.float32)
+    h, x, (weights, ids) = noise(g, T, 96), noise(g, T, 96), ours.route(noise(g, T, 4), k, active=torch.tensor(T - padding, device=device))
+    got, apart = ours.moe_add(h, weights, ids, *mine, clamped, x), ours.moe(h, weights, ids, *mine, clamped)
+    assert got.equal(x + apart) and got[T - padding:].equal(x[T - padding:]) and not ours.counters(h.device).any()
+    torch.testing.assert_close(got.squares.sum(1), got.square().sum(1), rtol=1e-5, atol=1e-6)
+
+def test_what_is_not_fused_says_so():
+    x = noise(torch.Generator(), 17, 64)
+    assert ours.norm_route(x[:3], None, 1e-5, x, None, 2) is None # nobody has left its squares
+    x.squares = x.square()
+    assert ours.norm_route(x, None, 1e-5, x, None, 2) is None and ours.moe_add(x, *ours.route(x, 2), None, None, None, None, clamped, x) is None
