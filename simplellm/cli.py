@@ -258,17 +258,24 @@ def info(model: argument(str|None, "Checkpoint folder or synthetic:...; the ship
 
 # %% ../nbs/32_cli.ipynb #1379c041
 @app.command()
-def plan(model: argument(str|None, "gpt-oss-120b or -20b, a folder or a config.json; else the shipped model.") = None,
+def plan(model: argument(str|None, "gpt-oss-120b or -20b, your folder or config.json; else the shipped model.") = None,
          max_model_len: option(int|None, "Longest sequence in tokens; the model's own if not given.") = None,
          max_num_seqs: option(int, "Requests running at once.") = 256,
          max_num_batched_tokens: option(int, "Tokens that one step may process.") = 2048,
          gpu_memory_utilization: option(float, "Share of the GPU's memory to use.") = 0.9,
+         block_size: option(int, "Tokens per cache block.") = 16,
+         kv_cache_dtype: option(Literal["auto", "float32", "bfloat16", "float16"], "auto is the model's.") = "auto",
+         enforce_eager: option(bool, "Without CUDA graphs.", "--enforce-eager") = False,
          memory: option(float, "Of the GPU, in GB.", min=0.1) = 80.0,
          bandwidth: option(float, "Of the GPU's memory, in TB/s.", min=0.001) = 4.3,
-         context: option(float, "Mean tokens in a cache, for the speeds.", min=1) = 640.0):
+         context: option(float, "Mean tokens in a cache, for the speeds.", min=1) = 640.0,
+         length: option(list[int]|None, "Tokens of a request: how many fit at once? Repeat for more.") = None,
+         batch: option(list[int]|None, "Requests in a step: how fast at best? Repeat for more.") = None):
     "Predict memory, concurrency and the speed ceiling from config.json alone."
-    show(plan_of(model, memory * 1e9, bandwidth * 1e12, context, max_model_len=max_model_len, max_num_seqs=max_num_seqs,
-                 max_num_batched_tokens=max_num_batched_tokens, gpu_memory_utilization=gpu_memory_utilization))
+    show(plan_of(model, memory * 1e9, bandwidth * 1e12, context, length or (), batch or (1, 8, 64, 256),
+                 max_model_len=max_model_len, max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens,
+                 gpu_memory_utilization=gpu_memory_utilization, block_size=block_size, kv_cache_dtype=kv_cache_dtype,
+                 enforce_eager=enforce_eager))
 
 # %% ../nbs/32_cli.ipynb #d26154ca
 @app.command()

@@ -4,10 +4,11 @@ import pytest, torch
 from simplellm.async_engine import LLM
 from simplellm.checkpoint import Checkpoint
 from simplellm.config import EngineConfig
+from simplellm.cudagraph import Graphs, bucket_sizes
 from simplellm.models import load_model, load_weights, read_config, tiny_path
 from simplellm.mxfp4 import MXFP4
-from simplellm.memory import (budget, cache_blocks, check_memory, concurrency, flags_that_fit, gpu_memory, measure_step,
-                              refuse_too_large, rehearsals, smallest_memory, spread, weight_bytes)
+from simplellm.memory import (LAYER, budget, cache_blocks, check_memory, concurrency, fixed_bytes, flags_that_fit, gpu_memory, graph_bytes,
+                              measure_step, refuse_too_large, rehearsals, smallest_memory, spread, weight_bytes)
 from simplellm.plan import ceiling, distinct_experts, plan, step_bytes
 from simplellm.synthetic import Synthetic, write_checkpoint
 
@@ -65,16 +66,39 @@ def test_eighty_gigabytes_hold_what_is_promised():
     e = EngineConfig(max_model_len=1128, max_num_seqs=64, max_num_batched_tokens=1024, gpu_memory_utilization=.95)
     assert concurrency(config_of("gpt-oss-120b"), e, 80e9, 1128) >= 64
 
+def test_fixed_tensors_of_graphs_are_counted_exactly():
+    model = load_model(device="cpu")
+    for rows, longest, size in (3, 100, 16), (1, 128, 32), (70, 33, 16):
+        graphs = Graphs(model, model.new_cache(2, size), rows, longest)
+        tensors = [*vars(graphs.batch).values(), *vars(graphs.wishes).values(), graphs.logits]
+        assert fixed_bytes(model.config, EngineConfig(max_num_seqs=rows, max_model_len=longest, block_size=size)) == sum(x.nbytes for x in tensors if torch.is_tensor(x))
+
+def test_graphs_cost_by_their_number_and_nothing_without_them():
+    c, e = config_of("gpt-oss-120b"), EngineConfig(max_model_len=1128)
+    assert budget(c, replace(e, enforce_eager=True), 80e9)["graphs"] == 0
+    assert budget(c, e, 80e9)["graphs"] == graph_bytes(c, e) > len(bucket_sizes(256)) * c.num_layers * LAYER
+    assert graph_bytes(c, replace(e, max_num_seqs=64)) < graph_bytes(c, e)
+    with pytest.raises(ValueError, match=r" 0\.00 GB graphs \+ 1\.00 GB CUDA"): check_memory(c, replace(e, enforce_eager=True), 48e9)
+
 def test_command_line(capsys, tmp_path):
     from simplellm.cli import app
     for args, expected in ((["plan", "gpt-oss-120b", "--memory", "80"], ["855 tok/s", "65.25 GB", "73,728 bytes", "do not fit", "max_model_len="]),
                            (["plan", "--memory", "24", "--max-model-len", "512"], ["512 tokens each"]),
+                           (["plan", "--length", "100", "--length", "2000", "--batch", "3", "--batch", "1000"], ["100 tokens each", "2,000 tokens each", "batch 3 ", "batch 1,000"]),
+                           (["plan", "gpt-oss-20b", "--kv-cache-dtype", "float32", "--block-size", "32", "--enforce-eager"], ["98,304 bytes", "per block of 32", "graphs 0.00 GB"]),
                            (["synth", str(tiny_path()), str(tmp_path/"x"), "--layers", "1", "--seed", "2"], [])):
         app(args, standalone_mode=False)
-        out = capsys.readouterr().out
+        out = " ".join(capsys.readouterr().out.split())
         for text in expected: assert text in out
+        if "--length" in args: assert "1,128" not in out and "batch 64" not in out
     assert read_config(tmp_path/"x").num_layers == 1
     with pytest.raises(ValueError, match="max_position"): app(["plan", "--max-model-len", "99999"], standalone_mode=False)
+    with pytest.raises(ValueError, match="length=5000"): app(["plan", "--length", "5000"], standalone_mode=False)
+    with pytest.raises(ValueError, match="a folder with config.json"): app(["plan", "Qwen/Qwen2.5-0.5B"], standalone_mode=False)
+
+def test_a_wider_cache_lowers_the_ceiling():
+    floor = lambda **settings: [rows["batch 64"][2] for title, rows in plan("gpt-oss-20b", context=8000, batches=[64], **settings).items() if "Floor" in title]
+    assert floor() == floor(kv_cache_dtype="bfloat16") != floor(kv_cache_dtype="float32")
 
 # --- what the engine asks of the same numbers
 
