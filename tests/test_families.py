@@ -13,6 +13,7 @@ from simplellm.engine import Engine, RequestOutput, make_job
 from simplellm.models import FAMILIES, load_model, load_weights, read_config, tensor_table
 from simplellm.parallel import Shard
 from simplellm.sampling import SamplingParams
+from simplellm.synthetic import CONFIGS
 from simplellm.tokenizer import load_tokenizer
 from simplellm.transformer import Transformer
 
@@ -169,13 +170,7 @@ def test_fields_that_stand_elsewhere(tmp_path):
     assert read("llama", 0, rope_parameters=yarn, original_max_position_embeddings=32).rope.original_max_position == 32
 
 HUB = dict( # config.json as published, shortened; the model's parameters
-    llama=(dict(head_dim=64, hidden_size=2048, intermediate_size=8192, max_position_embeddings=131072, num_attention_heads=32, num_hidden_layers=16,
-        num_key_value_heads=8, rms_norm_eps=1e-5, rope_theta=500000.0, tie_word_embeddings=True, torch_dtype="bfloat16", vocab_size=128256,
-        eos_token_id=[128001, 128008, 128009], attention_bias=False, mlp_bias=False, pretraining_tp=1, rope_scaling=dict(factor=32.0,
-        high_freq_factor=4.0, low_freq_factor=1.0, original_max_position_embeddings=8192, rope_type="llama3")), 1_235_814_400),
-    qwen2=(dict(hidden_size=896, intermediate_size=4864, max_position_embeddings=32768, max_window_layers=21, num_attention_heads=14,
-        num_hidden_layers=24, num_key_value_heads=2, rms_norm_eps=1e-6, rope_theta=1000000.0, sliding_window=32768, tie_word_embeddings=True,
-        torch_dtype="bfloat16", use_sliding_window=False, vocab_size=151936, eos_token_id=151645), 494_032_768),
+    llama=(CONFIGS["llama-3.2-1b"], 1_235_814_400), qwen2=(CONFIGS["qwen2.5-0.5b"], 494_032_768),
     qwen3=(dict(head_dim=128, hidden_size=1024, intermediate_size=3072, max_position_embeddings=40960, max_window_layers=28, num_attention_heads=16,
         num_hidden_layers=28, num_key_value_heads=8, rms_norm_eps=1e-6, rope_scaling=None, rope_theta=1000000, sliding_window=None,
         tie_word_embeddings=True, torch_dtype="bfloat16", use_sliding_window=False, vocab_size=151936, attention_bias=False), 596_049_920),
