@@ -25,7 +25,7 @@ from .kvcache import bytes_per_block
 from .models import pick_dtype, read_config
 from .ops import choose_ops, describe_ops
 from .plan import plan as plan_of
-from .synthetic import Synthetic, write_checkpoint
+from .synthetic import CONFIGS, Synthetic, write_checkpoint
 from .tokenizer import TokenizerError, load_tokenizer
 
 # %% ../nbs/32_cli.ipynb #d3a36b7b
@@ -258,7 +258,7 @@ def info(model: argument(str|None, "Checkpoint folder or synthetic:...; the ship
 
 # %% ../nbs/32_cli.ipynb #1379c041
 @app.command()
-def plan(model: argument(str|None, "gpt-oss-120b or -20b, your folder or config.json; else the shipped model.") = None,
+def plan(model: argument(str|None, f"{', '.join(CONFIGS)}, a folder or a config.json; else the shipped model.") = None,
          max_model_len: option(int|None, "Longest sequence in tokens; the model's own if not given.") = None,
          max_num_seqs: option(int, "Requests running at once.") = 256,
          max_num_batched_tokens: option(int, "Tokens that one step may process.") = 2048,
@@ -279,7 +279,7 @@ def plan(model: argument(str|None, "gpt-oss-120b or -20b, your folder or config.
 
 # %% ../nbs/32_cli.ipynb #d26154ca
 @app.command()
-def synth(model: argument(str, "gpt-oss-120b, gpt-oss-20b, a folder or a config.json."),
+def synth(model: argument(str, f"{', '.join(CONFIGS)}, a folder or a config.json."),
           folder: argument(Path, "Where the checkpoint goes."),
           layers: option(int|None, "Keep the first of the model's layers.") = None,
           seed: option(int, "Another seed, other weights.", min=0) = 0):
