@@ -2,14 +2,17 @@
 import json, math
 from collections import Counter
 import numpy as np, pytest, torch
-from simplellm.bench import (Case, ablations, bench, comparison, figures, fit_model, make_cases, medians, micro, pick_ops, plot, read_lines,
-                             serve, share_of_floor, stage_kinds, tables)
+from simplellm.async_engine import open_model
+from simplellm.bench import (Case, ablations, bench, comparison, figures, equal_rows, fit_model, kernel_rows, launch_bytes,
+                             make_cases, medians, micro, pick_ops, plot, read_lines, serve, share_of_floor, stage_kinds, tables)
 from simplellm.config import EngineConfig
+from simplellm.cudagraph import padding_wishes
 from simplellm.engine import Engine
-from simplellm.models import load_model, tiny_path
+from simplellm.models import load_model, load_weights, tiny_path
 from simplellm.ops import choose_ops
 from simplellm.plan import step_bytes
 from simplellm.sampling import SamplingParams
+from simplellm.transformer import Transformer
 from simplellm.workloads import SHAPES, due_times, find_shape, make_workload
 
 PARAMS = SamplingParams(temperature=1, ignore_eos=True)
@@ -142,6 +145,7 @@ def test_line_says_what_it_belongs_to(lines):
     assert {"torch", "simplellm", "python"} <= line["machine"]["versions"].keys() and {"device", "cores", "load"} <= line["machine"].keys()
     assert line["ops"]["attention"] == "simplellm.attention.paged_attention" and line["settings"]["shape"]["turns"] == 2
     assert line["experts"]["rows"] == 2 and 2 <= line["experts"]["experts"] <= 4 and line["bandwidth"] > 0
+    assert comparison(lines)["read_bandwidth_gb_per_s"][0] != "-" and [n for n, _ in line["roof"]] == [1, 2, 4, 8, 16, 32, 64, 128, 256]
 
 def test_floor(model, lines):
     "By hand, from what the plan counts"
@@ -227,6 +231,41 @@ def test_every_combination():
 def test_too_long_for_the_model():
     with pytest.raises(ValueError, match="big='sessions of .* tokens'.*max_model_len=4096"): next(bench(None, [Case("big", find_shape("agent-session", "long"))], progress=False))
 
+# kernels
+
+@pytest.fixture
+def launches(monkeypatch):
+    "Notes which kernels are launched, with what, and computes nothing"
+    triton = pytest.importorskip("triton")
+    from triton.runtime.interpreter import InterpretedFunction
+    seen = []
+    for kind in InterpretedFunction, triton.JITFunction:
+        monkeypatch.setattr(kind, "run", lambda self, *args, **options: seen.append((self.fn.__name__, dict(zip(self.arg_names, args)))))
+    return seen
+
+@pytest.mark.parametrize("rows, few", [(1, 64), (9, 64), (9, 8), (20, 64), (40, 64)]) # tokens; assignments up to which experts need no lists
+def test_every_kernel_of_a_step_has_bytes(model, launches, monkeypatch, rows, few):
+    "gpt-oss launches what the table expects, in its order, and nothing else"
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr("simplellm.kernels.moe.FEW", few)
+    c, ops, held = model.config, pick_ops("triton", "cpu", torch.float32), 99
+    m = Transformer(c, load_weights(open_model(None, "cpu"), c, torch.float32, torch.device("cpu"), prepare=ops.prepare), ops)
+    batch, kv = equal_rows(m, rows, 1, held)
+    logits = m(batch, kv)
+    ops.sample(logits, padding_wishes(rows, "cpu"))
+    counts = Counter(name for name, _ in launches)
+    known = launch_bytes(m, rows, held + 1, 4, counts=counts)
+    assert {"_attend", "_rope_store", "_rms_norm", "_look", "_choose"} <= counts.keys() <= known.keys()
+    assert ("_norm_route" in counts) == (rows <= 16 and 2 * rows <= few) and ("_linear" in counts) == (rows <= 32)
+    for name, n in counts.items(): assert n == len(known[name]), name
+    table = kernel_rows({name: [1.] * n for name, n in counts.items()}, known, 1)
+    assert all(size > 0 for *_, size in table.values()) and {"_rope_store", "_attend all keys"} <= table.keys()
+    assert kernel_rows({"copy": [1.]}, known, 1) == {"copy": (1, 1, None)} # and what is not ours says so
+    nbytes = lambda args, *names: sum(args[n].nbytes for n in names if args[n] is not None)
+    for name, moved in dict(_linear=("x", "w", "out"), _norm_route=("x", "w"), _rms_norm=("x", "weight", "residual", "y", "total")).items():
+        sizes = [nbytes(args, *moved) for n, args in launches if n == name]
+        assert sizes == pytest.approx([size for _, size in known.get(name, [])][:len(sizes)], rel=.05), name
+
 # side by side
 
 def test_comparison(lines):
@@ -269,7 +308,12 @@ def test_parts_alone(lines):
 
 def test_plot(lines, tmp_path):
     pytest.importorskip("matplotlib")
-    plot(lines).savefig(tmp_path/"a.png")
+    old = [{k: v for k, v in l.items() if k != "roof"} for l in lines] # as written before there was one
+    fig = plot(lines)
+    assert [len(f.axes[-1].lines) for f in (fig, plot(old))] == [6, 4] # a line and a dot for each case, and the legend's
+    assert [t.get_text() for t in fig.axes[-1].get_legend().texts] == ["memory allows", "reached"]
+    assert all(ax.get_xlabel() and ax.get_ylabel() for ax in fig.axes)
+    fig.savefig(tmp_path/"a.png")
     assert (tmp_path/"a.png").read_bytes().startswith(b"\x89PNG")
 
 def test_files_that_are_none(tmp_path):
