@@ -35,6 +35,7 @@ def example(rows, heads, kv_heads, D, block_size, dtype=torch.float32):
     ([(1, 131072), (1, 100001), (1, 127), (1, 129)], 2, 1, 16, 16, 128, torch.float32), # a window at the end of long contexts
     ([(3, 131071), (200, 65537)], 1, 1, 16, 16, 128, torch.float32), # chunks behind a long prefix
     ([(5, 1300), (1, 900), (7, 7)], 3, 1, 64, 16, None, torch.float32), ([(2, 270), (19, 19)], 4, 4, 128, 16, 128, torch.float16),
+    ([(1, 90), (3, 20)], 4, 1, 64, 16, None, torch.float16), ([(1, 300), (2, 5)], 4, 1, 128, 16, None, torch.float16),
     ([(1 + r % 2, 1 + r) for r in range(140)], 1, 1, 16, 16, None, torch.float32)]) # more rows than are searched at once
 def test_as_the_reference(rows, heads, kv_heads, D, block_size, window, dtype):
     from simplellm.attention import paged_attention as reference
@@ -45,6 +46,14 @@ def test_as_the_reference(rows, heads, kv_heads, D, block_size, window, dtype):
     want = reference(args[0], *clean, *args[3:], window=window, sinks=sinks, return_lse=True)
     for a, b in zip(got, want): torch.testing.assert_close(a, b, atol=STEP[dtype], rtol=STEP[dtype])
     assert not counters(args[0].device).any()
+
+@pytest.mark.parametrize("rows,D,window,dtype", [([(1, 70), (1, 9)], 64, 20, torch.float16), ([(1, 530), (6, 40)], 16, 33, torch.float32)])
+def test_a_window_without_sinks(rows, D, window, dtype):
+    from simplellm.attention import paged_attention as reference
+    from simplellm.kernels.attention import paged_attention
+    args, clean, _ = example(rows, 4, 2, D, 16, dtype)
+    want = reference(args[0], *clean, *args[3:], window=window)
+    torch.testing.assert_close(paged_attention(*args, window=window), want, atol=STEP[dtype], rtol=STEP[dtype])
 
 def test_all_of_131072_keys(monkeypatch):
     "In as many splits as there may be, but in tiles of keys as long as the interpreter likes"
