@@ -259,7 +259,7 @@ def tile_sizes(A:int, # assignments
     BK = 128 if packed else 64
     if wide: return dict(BN=32, BT=16, BK=BK if packed else 32, num_warps=4, num_stages=2)
     if A <= FEW: return dict(BN=32, BT=8, BK=BK, num_warps=1, num_stages=6)
-    for tokens, sizes in ((12, (64, 16, 2, 3)), (32, (64, 32, 2, 4)), (96, (128, 64, 4, 3))):
+    for tokens, sizes in ((12, (64, 16, 2, 3)), (32, (64, 32, 2, 4)), (96, (64, 64, 4, 3))):
         if A <= tokens * E: break
     else: sizes = 128, 128, 8, 3
     return dict(zip(("BN", "BT", "num_warps", "num_stages"), sizes), BK=BK)
@@ -347,12 +347,12 @@ def _types(dtype="bf16", weights="*i32"):
     numbers = dict.fromkeys(("N", "K", "E", "H", "x_stride", "w_stride", "stride"), "i32:16") | dict.fromkeys(("units", "A", "T", "per", "groups"), "i32")
     return pointers | numbers | dict.fromkeys(("alpha", "limit", "eps"), "fp32")
 
-def _case(label, tokens, down=False, E=128, k=4, packed=True, dtype="bf16", pdl=False, targets=("sm_90a",)):
-    "One product of gpt-oss (H = I = 2880) or, dense, of a model like it"
+def _case(label, tokens, down=False, E=128, k=4, packed=True, dtype="bf16", act="clamped", targets=("sm_90a",)):
+    "One product, with the sizes of gpt-oss; made for Hopper alone, as it is launched there: with PDL"
     few = tokens * k <= FEW
-    fixed = dict(DIV=1 if down else k, ACT=None if down else "clamped", DOT=_DOT[dtype], PDL=pdl)
+    fixed = dict(DIV=1 if down else k, ACT=None if down else act, DOT=_DOT[dtype], PDL=len(targets) == 1)
     if few: fixed |= dict(TOPK=k, ALL=max(16, tokens * k), TB=tokens)
-    absent = ("residual", "y", "sums", "arrived") * (few and not down) + ("scales",) * (not packed)
+    absent = ("residual", "y", "sums", "arrived") * (few and not down) + ("scales",) * (not packed) + ("bias",) * (act == "swiglu")
     fixed |= dict.fromkeys(absent) | tile_sizes(tokens * k, E, dtype == "fp32", packed)
     return variant(_few if few else _many, label, _types(dtype, "*i32" if packed else f"*{dtype}"), fixed, targets)
 
@@ -367,10 +367,12 @@ def _norm_route_case(T, E=128, k=4, pdl=False, targets=("sm_90a",)):
     fixed = dict(NORMALIZE=True, K=k, SPLITS=count_splits(E, 2880)[0], DOT=tl.bfloat16, BN=16, BT=max(T, 8), BE=triton.next_power_of_2(E), BK=triton.next_power_of_2(k))
     return variant(_norm_route, f"{k} of {E}, {T} tokens" + ", PDL" * pdl, _types(weights="*bf16"), fixed | dict(GROUPS=256 if T <= 8 else 128, PDL=pdl, num_warps=4, num_stages=4), targets)
 
-AOT = [_case("gate_up, 1 token", 1), _case("gate_up, 1 token, PDL", 1, pdl=True), _case("down, 1 token", 1, True, targets=TARGETS),
+_QWEN = dict(k=8, packed=False, act="swiglu") # Qwen3-MoE and, but for k, Mixtral
+AOT = [_case("gate_up, 1 token", 1), _case("down, 1 token", 1, True, targets=TARGETS),
        _case("gate_up, 64 tokens", 64), _case("gate_up, 1024 tokens", 1024), _case("gate_up, 2048 tokens", 2048, targets=TARGETS),
-       _case("gate_up, 4096 tokens", 4096, targets=TARGETS),
-       _case("dense, 1 token", 1, packed=False), _case("dense, 4096 tokens", 4096, packed=False), _case("fp16, 1 token", 1, dtype="fp16"),
+       _case("down, 2048 tokens", 2048, True), _case("gate_up, 4096 tokens", 4096, targets=TARGETS),
+       _case("swiglu, 1 token", 1, **_QWEN), _case("swiglu, 512 tokens", 512, **_QWEN), _case("swiglu, 4096 tokens", 4096, **_QWEN),
+       _case("dense down, 4096 tokens", 4096, True, packed=False), _case("fp16, 1 token", 1, dtype="fp16"),
        variant(_group, "8192 tokens", _types(), dict(BO=256, CHUNK=2048, PDL=False, num_warps=8)),
        variant(_combine, "4 experts", _types(), dict(TOPK=4, BLOCK=1024, PDL=False)),
        *(_route_case(T) for T in (1, 64, 256)), _route_case(8192, targets=TARGETS), _route_case(8192, 512, 10),
