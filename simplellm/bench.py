@@ -144,7 +144,8 @@ def floor_parts(c, rows:int, context:float, itemsize:int, # ModelConfig; as in `
     parts = step_bytes(c, rows, context, itemsize)
     return parts | dict(experts=parts["experts"] * (experts["experts"] / experts["uniform"] if experts else 1))
 
-def roof(c, requests:list, bandwidth:float, *how # ModelConfig; from `serve`; bytes per second; as the last ones of `floor_parts`
+def roof(c, requests:list, # ModelConfig; from `serve`
+         bandwidth:float, *how # bytes per second; as the last ones of `floor_parts`
         )->list[tuple[int, float]]: # rows, output tokens per second
     "What memory allows at these requests' context"
     context = mean_context(requests)
@@ -260,31 +261,34 @@ def make_cases(workload:str, preset:str, arrival:str, # as in `find_shape` and `
 # %% ../nbs/32_bench.ipynb #af68a1a8
 def launch_bytes(model:Transformer, rows:int, context:float, itemsize:int, experts:dict|None=None, # as in `floor_parts`
                  counts:dict={} # kernel -> launches in a step: small steps do more in fewer
-                )->dict[str, list[tuple[str, float]]]: # kernel -> what for and bytes of each of its launches, in their order
+                )->dict[str, list[tuple[str, float]]]: # kernel -> what for and bytes of each launch, in their order
     "What our kernels have to read and write in a decode step"
     from simplellm.kernels.linear import FUSED
     c, a, found = model.config, model.dtype.itemsize, {}
     x, q, kv = (rows * n * a for n in (c.hidden_size, c.num_heads * c.head_dim, 2 * c.num_kv_heads * c.head_dim))
     stored, router = kv * itemsize / a, "_norm_route" if "_norm_route" in counts else "_linear"
-    each = floor_parts(c, rows, context, itemsize, experts)["experts"] / max(sum(map(c.has_experts, range(c.num_layers))), 1)
+    layers = sum(c.has_experts(i) for i in range(c.num_layers))
+    each = floor_parts(c, rows, context, itemsize, experts)["experts"] / max(layers, 1)
+    pair = [("gate_up", each * 2 / 3), ("down", each / 3)]
     def add(kernel, size, what=""): found.setdefault(kernel, []).append((what, size))
     def product(kernel, what, w): add(kernel, w.nbytes + rows * sum(w.shape) * a, what)
     for (w, m), window in zip(model.layers, c.windows):
         product("_linear", "queries, keys, values", w.qkv_proj_weight)
         add("_rope_store", 2 * q + kv + stored)
-        add("_attend", stored * min(context, window or context) + 2 * q, f"window of {window}" if window else "all keys")
+        keys = f"window of {window}" if window else "all keys"
+        add("_attend", stored * min(context, window or context) + 2 * q, keys)
         product("_linear", "output", w.o_proj_weight)
         if isinstance(m, MlpWeights):
             for what in "gate_up", "down": product("_linear", what, getattr(m, f"{what}_proj_weight"))
             continue
         product(router, "router", m.router_weight)
         add("_route", rows * (c.num_experts * a + c.top_k * 12))
-        for kernel in "_few", "_many": found.setdefault(kernel, []).extend([("gate_up", each * 2 / 3), ("down", each / 3)])
+        for kernel in "_few", "_many": found.setdefault(kernel, []).extend(pair)
         add("_combine", x * (c.top_k + 1))
     product("_linear", "unembedding", model.lm_head)
     add("_look", rows * c.vocab_size * 4)
     add("_choose", rows * -(-c.vocab_size // 2048) * 20)
-    last = 2 if rows <= FUSED and model.ops.fused else 4 # a norm reads a row and writes one, or with a second to be added two and two
+    last = 2 if rows <= FUSED and model.ops.fused else 4 # rows read and written: four with another to be added
     norms = [2] * (2 + c.embed_norm)
     if counts.get("_rms_norm") != len(norms): norms[-1:] = [last, *[4, last] * (c.num_layers - 1), 2]
     for n in norms: add("_rms_norm", (n + 1 / rows) * x)
@@ -293,7 +297,7 @@ def launch_bytes(model:Transformer, rows:int, context:float, itemsize:int, exper
 # %% ../nbs/32_bench.ipynb #dfdbb46d
 CUBLAS = "gemm", "gemv", "nvjet", "cublas", "splitk" # in the names of kernels that multiply
 
-def launched(profile, gpu:bool)->dict[str, list[float]]: # of torch.profiler; -> name -> µs of each launch, in their order
+def launched(profile, gpu:bool)->dict[str, list[float]]: # name -> µs of each launch, in their order
     "What ran; without a GPU these are PyTorch's operations"
     found, spent = {}, "self_device_time_total" if gpu else "self_cpu_time_total"
     for e in sorted(profile.events(), key=lambda e: e.time_range.start):
@@ -309,7 +313,8 @@ def kernel_rows(found:dict, known:dict, # from `launched`; from `launch_bytes`
     rows = {}
     for name, times in found.items():
         parts = known.get(name, [("", None)])
-        if name in known and len(times) != steps * len(parts): parts = [("", sum(n for _, n in parts) * steps / len(times))]
+        if name in known and len(times) != steps * len(parts):
+            parts = [("", sum(n for _, n in parts) * steps / len(times))]
         for i, t in enumerate(times):
             what, size = parts[i % len(parts)]
             row = rows.setdefault(f"{name[:60]} {what}".strip(), [0, 0., 0.])
@@ -338,7 +343,8 @@ def profile_steps(engine:Engine, sessions:list, params:SamplingParams, # as in `
     while any(not job.choices[0].request.num_output for job in jobs): engine.step()
     wall = timeit.timeit(engine.step, number=steps) / steps * 1e6
     if gpu: torch.cuda.synchronize()
-    with hushed(), profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * gpu) as p: timeit.timeit(engine.step, number=steps)
+    kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * gpu
+    with hushed(), profile(activities=kinds) as p: timeit.timeit(engine.step, number=steps)
     engine.abort()
     while engine.has_work: engine.step()
     return launched(p, gpu), wall
@@ -351,13 +357,16 @@ def kernel_table(engine:Engine, sessions:list, params:SamplingParams, steps:int=
     (found, wall), gpu = profile_steps(engine, sessions, params, steps), engine.model.device.type == "cuda"
     context, size = np.mean([len(s[0].tokens) + 1.5 * steps for s in sessions]), engine.runner.kv.k.itemsize
     counts = {name: len(times) / steps for name, times in found.items()}
-    rows = kernel_rows(found, launch_bytes(engine.model, len(sessions), context, size, experts, counts) if gpu else {}, steps)
+    batch = min(len(sessions), engine.config.max_num_seqs)
+    bytes_of = launch_bytes(engine.model, batch, context, size, experts, counts) if gpu else {}
+    rows = kernel_rows(found, bytes_of, steps)
     def told(n, us, size, unknown="unknown"): # texts
         used = (f"{size / 1e6:,.3f}", f"{size / us / 1e3:,.0f}" if us else "") if size else (unknown, "")
         return (f"{n:g}" if n else "", f"{us:,.1f}") + used * gpu
     table = {"": ("per step", "µs") + ("MB", "GB/s") * gpu} | {k: told(*row) for k, row in list(rows.items())[:30]}
     total, known = sum(us for _, us, _ in rows.values()), sum(size or 0 for *_, size in rows.values())
-    ends = {"all of these": (total, known), "a step, not profiled": (wall, known)} | ({"not explained": (wall - total, 0)} if gpu else {})
+    ends = {"all of these": (total, known), "a step, not profiled": (wall, known)}
+    if gpu: ends["not explained"] = wall - total, 0
     return table | {k: told(0, *row, "") for k, row in ends.items()}
 
 # %% ../nbs/32_bench.ipynb #b7f77ffe
@@ -382,8 +391,8 @@ def measure(engine:Engine, *work, bandwidth:float, experts:dict|None)->dict: # a
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 # of the process, since it began
     peak = torch.cuda.max_memory_allocated() if gpu else used
     c, how = engine.model.config, (bandwidth, engine.runner.kv.k.itemsize, experts)
-    more = dict(peak_memory_gb=peak / 1e9, distinct_experts=experts and experts["experts"], read_bandwidth_gb_per_s=bandwidth / 1e9,
-                share_of_floor=share_of_floor(c, requests, steps, *how))
+    more = dict(peak_memory_gb=peak / 1e9, distinct_experts=experts and experts["experts"],
+                read_bandwidth_gb_per_s=bandwidth / 1e9, share_of_floor=share_of_floor(c, requests, steps, *how))
     return dict(figures=figures(requests, steps) | more, roof=roof(c, requests, *how), steps=steps, requests=requests)
 
 # %% ../nbs/32_bench.ipynb #4626c993
@@ -532,8 +541,9 @@ def tables(lines:list[dict])->dict[str, dict]: # title -> table
     return found | ({"Alone": {"": ("tokens", "ms", "tok/s")} | rows} if alone else {})
 
 # %% ../nbs/32_bench.ipynb #65f9f51f
-PANELS = dict(output_tok_per_s=("Output", "tokens per second"), ttft_ms=("Time to first token", "milliseconds"),
-              itl_ms=("Between two tokens", "milliseconds")) # figure -> title, unit
+PANELS = dict(output_tok_per_s=("Output", "tokens per second", "cases"), # figure -> title, unit, what stands side by side
+              ttft_ms=("Time to first token", "milliseconds", "percentile of requests"),
+              itl_ms=("Between two tokens", "milliseconds", "percentile of gaps"))
 
 def draw_roof(ax, cases:dict, lines:dict)->None: # of matplotlib; label -> figures; label -> one of its lines
     "Decode speed under the ceiling"
@@ -550,13 +560,13 @@ def plot(lines:list[dict]): # returns a matplotlib Figure
     lines = [l for l in lines if not is_micro(l)]
     cases, fig = medians(lines), Figure((12, 3.6), layout="constrained")
     (*bars, last), width = fig.subplots(1, 4), 1 / (len(cases) + 1)
-    for ax, (name, (title, unit)) in zip(bars, PANELS.items()):
+    for ax, (name, (title, unit, what)) in zip(bars, PANELS.items()):
         names = [name] if name.endswith("_s") else [f"{name}_{p}" for p in ("p50", "p95", "p99")]
         for i, (label, row) in enumerate(cases.items()):
             ax.bar(np.arange(len(names)) + i * width, [row.get(k) or 0 for k in names], width, label=label)
         ticks = [n.removeprefix(f"{name}_") for n in names] if len(names) > 1 else [""]
         ax.set_xticks(np.arange(len(names)) + (len(cases) - 1) * width / 2, ticks)
-        ax.set(title=title, ylabel=unit, xlabel="percentile of requests" if name == "ttft_ms" else "percentile of gaps" if len(names) > 1 else "cases")
+        ax.set(title=title, ylabel=unit, xlabel=what)
     draw_roof(last, cases, dict(zip(distinct_labels(lines), lines)))
     fig.legend(*bars[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
     return fig

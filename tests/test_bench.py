@@ -1,10 +1,12 @@
 "Workloads that are what they say, figures that anybody can compute again, and the command"
 import json, math
 from collections import Counter
+from types import SimpleNamespace
 import numpy as np, pytest, torch
 from simplellm.async_engine import open_model
-from simplellm.bench import (Case, ablations, bench, comparison, figures, equal_rows, fit_model, kernel_rows, launch_bytes,
-                             make_cases, medians, micro, pick_ops, plot, read_lines, serve, share_of_floor, stage_kinds, tables)
+from simplellm.bench import (Case, ablations, bench, comparison, equal_rows, figures, fit_model, kernel_rows, kernel_table,
+                             launch_bytes, launched, make_cases, medians, micro, pick_ops, plot, read_lines, serve,
+                             share_of_floor, stage_kinds, tables)
 from simplellm.config import EngineConfig
 from simplellm.cudagraph import padding_wishes
 from simplellm.engine import Engine
@@ -145,7 +147,7 @@ def test_line_says_what_it_belongs_to(lines):
     assert {"torch", "simplellm", "python"} <= line["machine"]["versions"].keys() and {"device", "cores", "load"} <= line["machine"].keys()
     assert line["ops"]["attention"] == "simplellm.attention.paged_attention" and line["settings"]["shape"]["turns"] == 2
     assert line["experts"]["rows"] == 2 and 2 <= line["experts"]["experts"] <= 4 and line["bandwidth"] > 0
-    assert comparison(lines)["read_bandwidth_gb_per_s"][0] != "-" and [n for n, _ in line["roof"]] == [1, 2, 4, 8, 16, 32, 64, 128, 256]
+    assert comparison(lines)["read_bandwidth_gb_per_s"][0] != "-" and [n for n, _ in line["roof"]] == [2**i for i in range(9)]
 
 def test_floor(model, lines):
     "By hand, from what the plan counts"
@@ -240,16 +242,17 @@ def launches(monkeypatch):
     from triton.runtime.interpreter import InterpretedFunction
     seen = []
     for kind in InterpretedFunction, triton.JITFunction:
-        monkeypatch.setattr(kind, "run", lambda self, *args, **options: seen.append((self.fn.__name__, dict(zip(self.arg_names, args)))))
+        monkeypatch.setattr(kind, "run", lambda self, *args, **_: seen.append((self.fn.__name__, dict(zip(self.arg_names, args)))))
     return seen
 
-@pytest.mark.parametrize("rows, few", [(1, 64), (9, 64), (9, 8), (20, 64), (40, 64)]) # tokens; assignments up to which experts need no lists
+@pytest.mark.parametrize("rows, few", [(1, 64), (9, 64), (9, 8), (20, 64), (40, 64)]) # few: assignments that need no lists
 def test_every_kernel_of_a_step_has_bytes(model, launches, monkeypatch, rows, few):
     "gpt-oss launches what the table expects, in its order, and nothing else"
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr("simplellm.kernels.moe.FEW", few)
     c, ops, held = model.config, pick_ops("triton", "cpu", torch.float32), 99
-    m = Transformer(c, load_weights(open_model(None, "cpu"), c, torch.float32, torch.device("cpu"), prepare=ops.prepare), ops)
+    weights = load_weights(open_model(None, "cpu"), c, torch.float32, torch.device("cpu"), prepare=ops.prepare)
+    m = Transformer(c, weights, ops)
     batch, kv = equal_rows(m, rows, 1, held)
     logits = m(batch, kv)
     ops.sample(logits, padding_wishes(rows, "cpu"))
@@ -260,11 +263,30 @@ def test_every_kernel_of_a_step_has_bytes(model, launches, monkeypatch, rows, fe
     for name, n in counts.items(): assert n == len(known[name]), name
     table = kernel_rows({name: [1.] * n for name, n in counts.items()}, known, 1)
     assert all(size > 0 for *_, size in table.values()) and {"_rope_store", "_attend all keys"} <= table.keys()
-    assert kernel_rows({"copy": [1.]}, known, 1) == {"copy": (1, 1, None)} # and what is not ours says so
+    told = kernel_table_of(m, kv, {name: [2.] * n for name, n in counts.items()} | {"copy": [1.]}, rows, monkeypatch)
+    assert all(len(row) == 4 for row in told.values()) and {name for name, row in told.items() if "unknown" in row} == {"copy"}
+    share, all_bytes = float(told["_few down" if rows < 33 and 2 * rows <= few else "_many down"][2]), float(told["all of these"][2])
+    assert 0 < share < all_bytes and told["not explained"][1] == f"{499 - 2 * sum(counts.values()):,.1f}"
     nbytes = lambda args, *names: sum(args[n].nbytes for n in names if args[n] is not None)
-    for name, moved in dict(_linear=("x", "w", "out"), _norm_route=("x", "w"), _rms_norm=("x", "weight", "residual", "y", "total")).items():
+    touched = dict(_linear=("x", "w", "out"), _norm_route=("x", "w"), _rms_norm=("x", "weight", "residual", "y", "total"))
+    for name, moved in touched.items():
         sizes = [nbytes(args, *moved) for n, args in launches if n == name]
         assert sizes == pytest.approx([size for _, size in known.get(name, [])][:len(sizes)], rel=.05), name
+
+def kernel_table_of(m, kv, found, rows, monkeypatch):
+    "The table that a GPU would print if it launched these"
+    monkeypatch.setattr("simplellm.bench.profile_steps", lambda *_: (found, 500.))
+    m.device = torch.device("cuda")
+    engine = SimpleNamespace(model=m, config=EngineConfig(), runner=SimpleNamespace(kv=kv))
+    return kernel_table(engine, [[SimpleNamespace(tokens=[0] * 100)]] * rows, PARAMS, 1)
+
+def test_launches_in_their_order():
+    def event(name, start, kind="CUDA"):
+        return SimpleNamespace(name=name, time_range=SimpleNamespace(start=start), device_type=SimpleNamespace(name=kind),
+                               self_device_time_total=start / 2, self_cpu_time_total=1)
+    events = [event("_few", 4), event("nvjet_hsh_64x8", 3), event("aten::mm", 1, "CPU"), event("_few", 2), event("splitKreduce", 6)]
+    profile = SimpleNamespace(events=lambda: events)
+    assert launched(profile, True) == {"_few": [1, 2], "cuBLAS": [1.5, 3]} and launched(profile, False) == {"aten::mm": [1]}
 
 # side by side
 
@@ -310,7 +332,7 @@ def test_plot(lines, tmp_path):
     pytest.importorskip("matplotlib")
     old = [{k: v for k, v in l.items() if k != "roof"} for l in lines] # as written before there was one
     fig = plot(lines)
-    assert [len(f.axes[-1].lines) for f in (fig, plot(old))] == [6, 4] # a line and a dot for each case, and the legend's
+    assert [len(f.axes[-1].lines) for f in (fig, plot(old))] == [6, 4] # for each case a line and a dot, and for the legend
     assert [t.get_text() for t in fig.axes[-1].get_legend().texts] == ["memory allows", "reached"]
     assert all(ax.get_xlabel() and ax.get_ylabel() for ax in fig.axes)
     fig.savefig(tmp_path/"a.png")
