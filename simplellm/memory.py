@@ -231,7 +231,7 @@ def compile_kernels(model, e:EngineConfig, longest:int, dtype # as in `rehearse_
     import triton
     if not hasattr(triton, "AsyncCompileMode"): return # Triton 3.4: each kernel when it is first launched
     kinds, some = [(w, type(m)) for w, (_, m) in zip(model.config.windows, model.layers)], copy(model)
-    some.layers = model.layers[:1 + max(map(kinds.index, kinds))]
+    some.layers = model.layers[:2 + max(map(kinds.index, kinds))] # one of each kind, and one that comes after
     with compiling(model.device):
         rehearse_all(some, e, longest, dtype)
         graphs = Graphs(some, some.new_cache(2, e.block_size, dtype), e.max_num_seqs, longest)

@@ -129,7 +129,7 @@ def test_what_is_served_was_rehearsed(launches, name, settings, longest, graphs)
     new = launches.variants - before
     print(len(before), "variants;", steps, "steps")
     assert steps > 30 and not new, "\n".join(map(str, new))
-    assert len(before - early) <= (name is QWEN_30B) # in the second of layers that are all alike, a norm after experts
+    assert not before - early
 
 def scale(x, y, n, BLOCK: triton.language.constexpr):
     i = triton.language.arange(0, BLOCK)
