@@ -489,6 +489,8 @@ def train(folder:str|Path, # gets run.pt and log.jsonl
           seed:int=1, steps:int=STEPS)->Run:
     "Train the shipped model, or go on with it; about two hours on two CPU cores"
     (folder := Path(folder)).mkdir(parents=True, exist_ok=True)
+    torch._dynamo.config.recompile_limit = 64 # one per shape of a batch, and more
+    torch.set_flush_denormal(True) # computing with them is slow
     r, fast = new_run(seed), torch.compile(layer, dynamic=False)
     table, saved = rope_table(r.c.rope, r.c.head_dim, 1024), time.time()
     if (folder/"run.pt").exists(): resume_run(r, folder/"run.pt")
