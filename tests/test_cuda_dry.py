@@ -1,6 +1,7 @@
 """The way of a request on a GPU, walked without one: the sizes of three models, tensors without data on another device, and launches that are
 only written down. Two questions: does anything mix devices or wait for a number, and does serving need a kernel that the rehearsal lacked?"""
-import contextlib, random, threading
+import contextlib, os, random, subprocess, sys, threading
+from pathlib import Path
 from types import SimpleNamespace
 import pytest
 import torch
@@ -136,7 +137,14 @@ def scale(x, y, n, BLOCK: triton.language.constexpr):
     triton.language.store(y + i, triton.language.load(x + i, mask=i < n) * 2, mask=i < n)
 
 @pytest.mark.skipif(not hasattr(triton, "AsyncCompileMode"), reason="this Triton compiles one kernel at a time")
-def test_kernels_are_compiled_side_by_side_and_none_is_launched(monkeypatch, tmp_path):
+def test_kernels_are_compiled_side_by_side_and_none_is_launched():
+    "In a process of its own, whatever other tests have made of Triton in this one"
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__, "-k", "test_alone"]
+    done = subprocess.run(command, env=os.environ | dict(ALONE="1"), cwd=Path(__file__).parent.parent, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+@pytest.mark.skipif(not os.environ.get("ALONE"), reason="runs in a process of its own, begun by the test before")
+def test_alone(monkeypatch, tmp_path):
     "By the real compiler, for a driver that only takes notes; what another thread launches meanwhile is launched"
     loaded, launched = [], []
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
