@@ -130,9 +130,9 @@ def o200k(tmp_path_factory):
 
 @needs_o200k
 def test_o200k_json(o200k):
-    start = time.process_time()
-    ours = load_tokenizer(o200k.parent)
-    assert time.process_time() - start < 5 # under 1.5 s on a quiet machine
+    def seconds(f): start = time.process_time(); return f(), time.process_time() - start
+    ours, took = seconds(lambda: load_tokenizer(o200k.parent))
+    assert took < 12 * seconds(lambda: json.loads(o200k.read_text()))[1] # measured 4, on whatever machine; more would be worse than linear
     assert ours.special == {k: v for k, v in HARMONY_SPECIAL.items() if v <= 200018} and ours.vocab_size == 200019
     theirs, rng = hf.Tokenizer.from_file(str(o200k)), random.Random(6)
     assert_same(ours, theirs, [random_text(rng) for _ in range(10_000)] + [Path(__file__).read_text()])
