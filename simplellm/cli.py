@@ -304,26 +304,28 @@ def bench(targets: argument(list[str]|None, "A model, else the shipped one; with
           runs: option(int, "Of each case, after a warm-up.", min=1) = 3,
           seed: option(int, "Of lengths, arrivals and tokens.") = 0, temperature: Temperature = 1.0,
           result: option(Path|None, "Append a line for each run to this file.", "--json") = None,
-          picture: option(Path|None, "Draw throughput, latencies and roofline into this file.", "--plot") = None):
+          picture: option(Path|None, "Draw throughput, latencies and roofline into this file.", "--plot") = None,
+          owed: option(bool, "Instead: all that is still to be measured on an H200, one process after another.", "--owed") = False,
+          dry: option(bool, "With --owed: only print the commands.", "--dry-run") = False):
     "Measure the engine under a workload, or compare results."
     from simplellm import bench as b
-    targets, gpu, lines = targets or [], torch.cuda.is_available(), []
+    targets, lines = targets or [], []
+    check(owed >= dry and not (owed and targets), "owed", owed, "--dry-run only with --owed, and no model beside it")
+    if owed: return b.run_owed(result, picture, dry)
     if compare: lines = b.read_lines(targets)
     else:
         check(len(targets) < 2, "bench", " ".join(targets), "one model, or --compare and result files")
         check(not micro or not (ablate or kernels), "micro", micro, "neither --ablate nor --kernels beside it")
         cases = b.make_cases(workload, preset, arrival, sessions or [None], prompt or [None], output,
                              ops or [""], engine or [])
-        if ablate: cases = [c for case in cases for c in b.ablations(case, "cuda" if gpu else "cpu")]
+        if ablate: cases = [c for case in cases for c in b.ablations(case, "cuda" if torch.cuda.is_available() else "cpu")]
         command = shlex.join(["simplellm", *sys.argv[1:]])
         if micro: found = b.micro(*targets or [None], ops or [""], cases[0].engine.get("max_model_len"), command=command)
         else: found = b.bench(*targets or [None], cases, runs, seed, temperature, kernels=kernels, command=command)
         for line in found:
             lines.append(line)
             if result: print(json.dumps(line), file=result.open("a"))
-    what = "kernels" if gpu else "PyTorch's operations, as there is no GPU"
-    launched = {f"{line['label']}: {what}": line["kernels"] for line in lines if "kernels" in line}
-    show(b.tables(lines) | launched)
+    show(b.tables(lines))
     if picture: b.plot(lines).savefig(picture)
 
 # %% ../nbs/32_cli.ipynb #03ff096a

@@ -56,7 +56,8 @@ def make_workload(shape:Shape, vocab_size:int, # ids to draw from
                  )->list[list[Turn]]: # sessions
     "The same work on every machine"
     sizes, ids = Random(f"lengths {seed}"), Random(f"ids {seed} {run}")
-    draw, length = lambda n: tuple(ids.choices(range(vocab_size), k=n)), lambda mean: natural(sizes, mean, shape.spread)
+    def draw(n): return tuple((ids.sample if n <= vocab_size else ids.choices)(range(vocab_size), k=n))
+    def length(mean): return natural(sizes, mean, shape.spread)
     shared = draw(shape.shared)
     def turn(i): return Turn(draw(length(shape.further)) if i else shared + draw(length(shape.first)), length(shape.output))
     return [[turn(i) for i in range(shape.turns)] for _ in range(shape.sessions)]

@@ -1,16 +1,19 @@
 "Workloads that are what they say, figures that anybody can compute again, and the command"
-import json, math
+import json, math, subprocess
 from collections import Counter
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 import numpy as np, pytest, torch
 from simplellm.async_engine import open_model
-from simplellm.bench import (Case, ablations, bench, comparison, equal_rows, figures, fit_model, kernel_rows, kernel_table,
-                             launch_bytes, launched, make_cases, medians, micro, pick_ops, plot, read_lines, serve,
-                             share_of_floor, stage_kinds, tables)
+from simplellm.bench import (OWED, PARTS, Case, ablations, bench, comparison, equal_rows, figures, fit_model, kernel_rows,
+                             kernel_table, launch_bytes, launched, make_cases, medians, micro, owed_commands, pick_ops,
+                             plot, read_lines, run_owed, serve, share_of_floor, stage_kinds, tables, with_peak)
 from simplellm.config import EngineConfig
 from simplellm.cudagraph import padding_wishes
 from simplellm.engine import Engine
-from simplellm.models import load_model, load_weights, tiny_path
+from simplellm.memory import check_memory, concurrency
+from simplellm.models import load_model, load_weights, read_config, tiny_path
 from simplellm.ops import choose_ops
 from simplellm.plan import step_bytes
 from simplellm.sampling import SamplingParams
@@ -59,7 +62,13 @@ def test_seed_decides_lengths_and_run_decides_ids():
     one = make_workload(shape, 700, seed=1)
     assert one == make_workload(shape, 700, seed=1) and one != make_workload(shape, 700, seed=1, run=1)
     assert lengths(one) == lengths(make_workload(shape, 700, seed=1, run=1)) != lengths(make_workload(shape, 700, seed=2))
-    assert one[0][0].tokens[:6] == (145, 148, 267, 500, 315, 358)  # everywhere and always
+    assert one[0][0].tokens[:6] == (212, 216, 548, 391, 611, 217)  # everywhere and always
+
+def test_tokens_of_a_prompt_are_distinct_where_they_can_be():
+    for n, vocab in ((1024, 1024), (128, 201088)):
+        for session in make_workload(find_shape("uniform", sessions=3, first=n), vocab): assert len(set(session[0].tokens)) == n
+    turn, = make_workload(find_shape("uniform", sessions=1, first=1025), 1024)[0]
+    assert len(turn.tokens) == 1025 and len(set(turn.tokens)) < 800 # with replacement: 1 - 1/e of them on average
 
 def test_arrivals():
     assert due_times("burst", 3) == [0, 0, 0] and due_times("closed:2", 4) == [0, 0, math.inf, math.inf]
@@ -147,6 +156,8 @@ def test_line_says_what_it_belongs_to(lines):
     assert {"torch", "simplellm", "python"} <= line["machine"]["versions"].keys() and {"device", "cores", "load"} <= line["machine"].keys()
     assert line["ops"]["attention"] == "simplellm.attention.paged_attention" and line["settings"]["shape"]["turns"] == 2
     assert line["experts"]["rows"] == 2 and 2 <= line["experts"]["experts"] <= 4 and line["bandwidth"] > 0
+    f = line["figures"]
+    assert f["ready_s"] > f["load_s"] > 0 and f["load_gb_per_s"] * f["load_s"] == pytest.approx(1.33e-3, rel=.01) # GB of the shipped weights
     assert comparison(lines)["read_bandwidth_gb_per_s"][0] != "-" and [n for n, _ in line["roof"]] == [2**i for i in range(9)]
 
 def test_floor(model, lines):
@@ -210,11 +221,33 @@ def test_ablations():
     assert [c.label for c in ablations(case, "cpu")] == ["x", "x, no continuous batching", "x, no fused QKV"]
     names = [c.label.removeprefix("x, no ") for c in ablations(Case("x", AGENTS), "cuda")[1:]]
     assert names[:4] == ["CUDA graphs", "overlap", "prefix cache", "continuous batching"]
-    assert {"split-KV", "fused QKV", "norm kernel", "rope kernel", "prefill kernel", "decode kernel nor graphs"} <= set(names[4:])
-    assert "fused kernels" in names and "x, no fused kernels" not in [c.label for c in ablations(Case("x", AGENTS, ops="norm=reference"), "cuda")]
-    assert not pick_ops("fused=off", "cuda", torch.bfloat16).fused and not pick_ops("moe=reference", "cuda", torch.bfloat16).fused and pick_ops("", "cuda", torch.bfloat16).fused
+    assert {"split-KV", "fused kernels", "fused QKV, nor norm in it", "norm kernel", "rope kernel", "prefill kernel", "decode kernel nor graphs"} <= set(names[4:])
+    assert "x, no fused kernels" not in [c.label for c in ablations(Case("x", AGENTS, ops="mlp=reference,moe=reference"), "cuda")]
     last = next(c for c in ablations(Case("x", AGENTS), "cuda") if "moe" in c.label)
     assert stage_kinds(last.ops, "cuda") == {"moe": "reference"} and last.engine == {}
+
+@pytest.mark.parametrize("text, fused", [
+    ("", {*PARTS}), ("triton", {*PARTS}), ("fused=off", set()), ("reference", set()), ("decode=reference", {*PARTS}),
+    ("norm=reference", {"linear_add", "moe_add"}), ("mlp=reference", {"moe_add"}), ("moe=reference", {"norm_linear", "linear_add"})])
+def test_a_stage_takes_along_only_the_fused_kernels_it_is_part_of(text, fused):
+    assert pick_ops(text, "cuda", torch.bfloat16).fused.keys() == fused
+
+@pytest.mark.parametrize("stage, gone", [("norm", {"_rms_norm", "_norm_route"}), ("mlp", {"_linear", "_norm_route"}), ("moe", {"_few", "_norm_route"})])
+def test_without_a_stage_the_others_stay(model, monkeypatch, stage, gone):
+    "The same logits, from all kernels but those of one stage"
+    triton = pytest.importorskip("triton")
+    from triton.runtime.interpreter import InterpretedFunction
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    run, ops = InterpretedFunction.run, pick_ops(f"triton,{stage}=reference", "cpu", torch.float32)
+    weights = load_weights(open_model(None, "cpu"), model.config, torch.float32, torch.device("cpu"), prepare=ops.prepare)
+    seen = set()
+    monkeypatch.setattr(InterpretedFunction, "run", lambda self, *args, **options: seen.add(self.fn.__name__) or run(self, *args, **options))
+    layers = replace(model.config, num_layers=2, windows=model.config.windows[:2])
+    batch, kv = equal_rows(model, 2, 1, 5)
+    kv.k.normal_(), kv.v.normal_()
+    ours, theirs = (Transformer(layers, w, o)(replace(batch, memo={}), kv) for w, o in ((weights, ops), (load_weights(open_model(None, "cpu"), model.config, torch.float32), pick_ops("", "cpu", torch.float32))))
+    torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-3)
+    assert not gone & seen and {"_rope_store", "_attend", "_linear", "_few", "_rms_norm"} - gone <= seen
 
 def test_early_starts_can_be_switched_off(monkeypatch):
     monkeypatch.setattr("simplellm.ops.starts_early", lambda device: True)
@@ -288,6 +321,94 @@ def test_launches_in_their_order():
     profile = SimpleNamespace(events=lambda: events)
     assert launched(profile, True) == {"_few": [1, 2], "cuBLAS": [1.5, 3]} and launched(profile, False) == {"aten::mm": [1]}
 
+# memory
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux tells")
+def test_each_case_has_its_own_peak():
+    large, small, again = (with_peak(call, False)[1] for call in (lambda: torch.ones(2**26).sum(), lambda: None, lambda: torch.ones(2**25).sum()))
+    assert large - small > 2e8 and 1e8 < again - small < 2e8
+
+def test_a_system_that_does_not_tell(monkeypatch):
+    def refuse(*_): raise PermissionError
+    monkeypatch.setattr(Path, "write_text", refuse)
+    assert with_peak(lambda: 3, False) == (3, None)
+
+def test_peak_of_a_gpu_begins_anew(monkeypatch):
+    used = dict(now=7, peak=99)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: used.update(peak=used["now"]))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: used["peak"])
+    assert with_peak(lambda: used.update(peak=8), True) == (None, 8) and with_peak(lambda: 3, True) == (3, 7)
+
+# what is owed
+
+@pytest.fixture
+def asked(monkeypatch):
+    "What the commands of the list would measure, as on a GPU: label -> (model, cases, kernels?)"
+    from simplellm import cli
+    found = {}
+    monkeypatch.setattr("simplellm.bench.bench", lambda name, cases, *_, kernels, **about: found.update({label: (name, cases, kernels)}) or [])
+    monkeypatch.setattr(cli, "write_checkpoint", lambda source, folder: found.update({label: (source.path, folder)}))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    for label, args in owed_commands().items(): cli.app(args, standalone_mode=False)
+    return found
+
+def test_the_list_measures_what_is_owed(asked):
+    sizes = lambda label: {(c.shape.sessions, c.shape.first, c.shape.output) for c in asked[label][1]}
+    assert sizes("gpt-oss-120b") == {(n, p, 1000) for n in (1, 8, 64, 256) for p in (128, 1024)} and asked["gpt-oss-120b"][2]
+    assert sizes("prefill") == {(16, 3500, 1)} and sizes("80GB") == {(64, 128, 1000)}
+    assert sizes("gpt-oss-20b") == {(n, 128, 1000) for n in (1, 8, 64)} and str(asked["folder"][1]) == asked["gpt-oss-20b"][0]
+    assert {n for n, *_ in sizes("llama-3.2-1b")} == {1, 64, 256} and [c.ops for c in asked["qwen2.5-0.5b"][1]] == ["reference", "triton"]
+    for n in 1, 64: # with and without each optimisation at both sizes
+        labels = [c.label for c in asked["ablations"][1] if c.shape.sessions == n]
+        assert len(labels) > 10 and any("no fused kernels" in l for l in labels) and any("no mlp kernel" in l for l in labels)
+
+def test_the_list_fits_an_h200(asked):
+    for label, (name, cases, *_) in asked.items():
+        if label == "folder": continue
+        c = read_config(open_model(name if name.startswith("synthetic:") else "synthetic:gpt-oss-20b", "cpu"))
+        for case in cases:
+            e, shape = EngineConfig(**case.engine), case.shape
+            check_memory(c, e, 150e9)
+            assert shape.first + shape.output <= e.max_model_len and concurrency(c, e, 150e9, shape.first + shape.output) >= shape.sessions, case.label
+    assert EngineConfig(**asked["80GB"][1][0].engine).gpu_memory_utilization * 150e9 < 80e9
+
+def test_the_list_is_printed(capsys):
+    from simplellm.cli import app
+    app(["bench", "--owed", "--dry-run", "--json", "h.jsonl", "--plot", "out/h.png"], standalone_mode=False)
+    out = capsys.readouterr().out.splitlines()
+    assert out[::2] == [f"# {label}" for label in OWED] and all(line.startswith("simplellm ") for line in out[1::2])
+    assert out[1].endswith(" --kernels --json h.jsonl --plot out/h-gpt-oss-120b.png") and "'synthetic:gpt-oss-120b?layers=4'" in out[7]
+    assert out[9] == "simplellm synth gpt-oss-20b gpt-oss-20b-synthetic"
+
+def test_the_list_needs_a_gpu(monkeypatch):
+    from simplellm.cli import app
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(subprocess, "run", lambda *_: pytest.fail("it began"))
+    for args, expected in ((["--owed"], "a GPU"), (["--dry-run"], "only with --owed"), (["--owed", "model"], "no model"), (["--owed", "--dry-run", "model"], "no model")):
+        with pytest.raises(ValueError, match=f"owed=.*{expected}"): app(["bench", *args], standalone_mode=False)
+
+def test_one_failure_does_not_end_the_list(monkeypatch, tmp_path, capfd):
+    "Processes of their own, one file, and the names of those that failed"
+    small, file = f"synthetic:{tiny_path()}?layers=1 --sessions 1 --prompt 8 --output 2 --runs 1", tmp_path/"a.jsonl"
+    monkeypatch.setattr("simplellm.bench.OWED", {"lost": "bench synthetic:no-such-model", "fine": f"bench {small}"})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(RuntimeError, match="^failed: lost$"): run_owed(file)
+    line, = read_lines([file])
+    assert line["command"].startswith("simplellm bench") and line["command"].endswith(f"--json {file}")
+    out, err = capfd.readouterr()
+    assert out.index("# lost") < out.index("# fine") < out.index("output_tok_per_s") and "no-such-model: expected" in err
+
+def test_a_folder_that_is_there_is_not_written_again(monkeypatch, tmp_path):
+    began = []
+    monkeypatch.setattr("simplellm.bench.OWED", {"folder": f"synth gpt-oss-20b {tmp_path}"})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(subprocess, "run", lambda args: began.append(args) or SimpleNamespace(returncode=0))
+    run_owed()
+    (tmp_path/"config.json").touch()
+    run_owed()
+    assert [args[3:] for args in began] == [["synth", "gpt-oss-20b", str(tmp_path)]]
+
 # side by side
 
 def test_comparison(lines):
@@ -349,6 +470,7 @@ def test_command_line(tmp_path, capsys):
     file, small = tmp_path/"a.jsonl", ["--sessions", 2, "--prompt", 8, "--output", 2, "--runs", 1]
     out = run(f"synthetic:{tiny_path()}?layers=1", *small, "--engine", "max_num_seqs=4", "--json", file, "--kernels")
     assert "output_tok_per_s" in out and "no GPU" in out and "aten::" in out
+    assert "no GPU" in run("--compare", file) and "'per step'" not in run("--compare", file)
     line, = read_lines([file])
     assert line["settings"]["engine"]["max_num_seqs"] == 4 and len(line["requests"]) == 2 and line["command"].startswith("simplellm")
     (tmp_path/"b.jsonl").write_text(file.read_text())
