@@ -216,11 +216,12 @@ def fit_model(model:Transformer, # from the case before
               text:str # as in `stage_kinds`
              )->Transformer:
     "The same model with the operations that a case wants"
-    c, device, dtype, prepare = model.config, model.device, model.dtype, model.ops.prepare
+    c, device, dtype, before = model.config, model.device, model.dtype, model.ops
     ops = pick_ops(text, device.type, dtype)
     three = dict(linear=apart(ops.linear, c), fused={k: f for k, f in ops.fused.items() if k != "norm_linear"})
     model.ops = ops = replace(ops, **three) if "qkv=off" in text.split(",") else ops
-    if device.type == "cpu" or ops.prepare is prepare: return model
+    order = lambda ops: (ops.prepare, device.type == "cpu" and (ops.linear, ops.moe) == (Ops.linear, Ops.moe)) # of weights in memory
+    if order(ops) == order(before): return model
     del model # two do not fit
     return Transformer(c, load_weights(open_model(name, device.type), c, dtype, device, prepare=ops.prepare), ops)
 

@@ -9,7 +9,8 @@ __all__ = ['Request', 'Step', 'give', 'shared_blocks', 'take_blocks', 'grow', 'r
 # %% ../nbs/24_scheduler.ipynb #71eb30cb
 from collections import deque
 from dataclasses import dataclass, field
-from .blocks import BlockPool, blocks_for
+from .blocks import BlockPool
+from .kvcache import blocks_for
 
 # %% ../nbs/24_scheduler.ipynb #9064c6bc
 @dataclass(slots=True, eq=False)
