@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TARGETS', 'SM_SHARED', 'arch', 'AS_FILE', 'LOAD', 'as_source', 'Compiled', 'cuobjdump', 'build', 'source_of',
-           'in_child', 'as_file', 'compile_kernels', 'compile_kernel', 'instructions', 'loops', 'inner_loop', 'origins',
+           'in_child', 'as_file', 'compile_cases', 'compile_kernel', 'instructions', 'loops', 'inner_loop', 'origins',
            'loads', 'sass_bytes', 'variant', 'module_of', 'build_all', 'resources', 'table', 'all_kernels', 'main']
 
 # %% ../nbs/10_compile.ipynb #834d6718
@@ -96,14 +96,14 @@ from triton.language.extra import cuda
 AOT = [{cases}]
 """
 
-def as_file(cases:list[dict])->str: # as for `compile_kernels`
+def as_file(cases:list[dict])->str: # as for `compile_cases`
     "A module that lists them"
     fns = {case["fn"].fn.__name__: case["fn"] for case in cases}
     source = "\n".join(source_of(f) if f.fn.__module__ == "__main__" else f"from {f.fn.__module__} import {n}" for n, f in fns.items())
     text = lambda case: ", ".join(f"{k}={v.fn.__name__ if k == 'fn' else repr(v)}" for k, v in case.items())
     return AS_FILE.format(source=source, cases=", ".join(f"dict({text(case)})" for case in cases))
 
-def compile_kernels(cases:list[dict], # each the arguments of `compile_kernel`
+def compile_cases(cases:list[dict], # each the arguments of `compile_kernel`
                     target:str="sm_90a"
                    )->list[Compiled]:
     "Compile kernels for a GPU that need not be there"
@@ -120,7 +120,7 @@ def compile_kernel(fn, # a `@triton.jit` function
                    **options # num_warps=4, num_stages=3, maxnreg=None ...
                   )->Compiled:
     "Compile one"
-    return compile_kernels([dict(fn=fn, signature=signature, constexprs=constexprs, **options)], target)[0]
+    return compile_cases([dict(fn=fn, signature=signature, constexprs=constexprs, **options)], target)[0]
 
 # %% ../nbs/10_compile.ipynb #7450c81e
 def instructions(sass:str, # or a part of it, as from `loops`
