@@ -71,8 +71,9 @@ def random_judge(family, seed, folder, **changes):
     return model
 
 def generate(engine, prompts):
-    "Greedy tokens of prompts that are in the engine together"
-    jobs, done = [make_job(engine, p, SamplingParams(temperature=0, max_tokens=NEW, ignore_eos=True)) for p in prompts], {}
+    "Greedy tokens of prompts that are in the engine together, and how likely every token was"
+    params = SamplingParams(temperature=0, max_tokens=NEW, ignore_eos=True, logprobs=-1)
+    jobs, done = [make_job(engine, p, params) for p in prompts], {}
     for j in jobs: engine.add(j)
     while engine.has_work:
         for key, news in engine.step():
@@ -80,10 +81,17 @@ def generate(engine, prompts):
             if isinstance(news, RequestOutput): done[key] = news
     return [done[j.id] for j in jobs]
 
+def close_scores(outputs, want):
+    "The log-probabilities that an engine reports, of every token at every position, and those of the judge's logits"
+    for o, w in zip(outputs, want.log_softmax(-1)):
+        got = torch.tensor([[scores[t].logprob for t in range(w.shape[-1])] for scores in o.outputs[0].logprobs])
+        assert len(got) == NEW
+        parity.close([got], [w[PROMPT - 1:-1]])
+
 @pytest.mark.parametrize("seed", range(CASES))
 @pytest.mark.parametrize("family", OWN)
 def test_family(tmp_path, family, seed):
-    "The same greedy tokens alone, and in chunks with company and a found prefix; the same logits however they are computed"
+    "The same greedy tokens and log-probabilities alone, and in chunks with company and a found prefix; the same logits however they are computed"
     judge, rng = random_judge(family, seed, tmp_path), random.Random(seed)
     model = load_model(tmp_path, device="cpu")
     assert model.config.dtype == stored(seed) and model.dtype == torch.float32
@@ -97,6 +105,7 @@ def test_family(tmp_path, family, seed):
     with torch.inference_mode(): want = judge(torch.tensor(tokens)).logits.float()
     assert want.std() > .3, "logits of no natural size prove nothing"
     for w, t in zip(want, tokens): assert w[PROMPT - 1:-1].argmax(-1).tolist() == t[PROMPT:]  # what the judge would have continued with
+    close_scores(together, want)
     parity.close(parity.in_steps(model, tokens, rng.choice([1, 5, 16]), lambda i, left: rng.randint(1, min(left, 25)), rng), want)
 
 def test_cases_are_different():
@@ -122,6 +131,25 @@ def test_ranks_agree_with_one(tmp_path, family):
     for t in threads: t.start()
     for t in threads: t.join(120)
     parity.close(got, [want] * 2)
+
+def test_two_families_in_one_process(tmp_path, monkeypatch):
+    "Two engines, each with its own thread, cache and family, write at once what each writes by itself"
+    names, steps, rng = ("llama", "qwen3_moe"), [], random.Random(0)
+    for name in names: random_judge(name, 1, tmp_path/name, vocab_size=96, num_hidden_layers=2)
+    def open_one(name): return LLM(tmp_path/name, device="cpu", skip_tokenizer_init=True, num_blocks=64, max_num_seqs=6, max_num_batched_tokens=16)
+    prompts = [[rng.randrange(96) for _ in range(rng.randint(1, 50))] for _ in range(12)]
+    wishes = [SamplingParams(temperature=i % 2, seed=i, max_tokens=rng.randint(20, 60), ignore_eos=True) for i in range(12)]
+    def tokens(generation): return [o.outputs[0].token_ids for o in generation]
+    alone = {}
+    for name in names:
+        with open_one(name) as llm: alone[name] = tokens(llm.generate(prompts, wishes))
+    assert not any(a == b for a, b in zip(*alone.values()))
+    step = Engine.step
+    monkeypatch.setattr(Engine, "step", lambda engine: steps.append(engine.model.config.family) or step(engine))
+    with open_one(names[0]) as one, open_one(names[1]) as two:
+        both = [llm.generate(prompts, wishes) for llm in (one, two)]
+        assert dict(zip(names, map(tokens, both))) == alone
+    assert sum(a != b for a, b in zip(steps, steps[1:])) > 10, "they took turns, or one waited for the other"
 
 REFUSED = [
     ("llama", dict(hidden_act="gelu"), "hidden_act 'gelu'"), ("llama", dict(partial_rotary_factor=.5), "partial_rotary_factor"),

@@ -89,6 +89,7 @@ def test_both_layouts(tmp_path, seed):
     with torch.inference_mode(): want = model(torch.tensor(tokens)).logits.float()
     assert want.std() > .3
     for w, t in zip(want, tokens): assert w[families.PROMPT - 1:-1].argmax(-1).tolist() == t[families.PROMPT:]
+    families.close_scores(together, want)
     families.parity.close(families.parity.in_steps(ours, tokens, rng.choice([1, 5, 16]), lambda i, left: rng.randint(1, min(left, 25)), rng), want)
 
 def test_kernels(tmp_path):
