@@ -164,7 +164,7 @@ def share_of_floor(c, requests:list, steps:list, # ModelConfig; as in `figures`
 # %% ../nbs/32_bench.ipynb #8b47b11f
 OFF = {"pdl=off": dict(pdl=False), "splits=off": dict(split=False), "fused=off": {}, "qkv=off": {}} # what `--ops` turns off; for `choose_ops`
 STAGES = dict(norm=["rms_norm"], rope=["rope_store"], prefill=["attention"], decode=["attention"], mlp=["linear"],
-              moe=["route", "moe", "prepare"], sample=["sample"])
+              moe=["route", "moe", "prepare"], sample=["sample", "top_logprobs"])
 PARTS = dict(norm_linear={"norm", "mlp"}, linear_add={"mlp"}, norm_route={"norm", "mlp", "moe"}, moe_add={"moe"}) # fused kernel -> its stages
 
 def stage_kinds(text:str, device:str)->dict[str, str]: # such as "triton,decode=reference"; stage -> what runs it

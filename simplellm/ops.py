@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from .norm import rms_norm
 from .attention import paged_attention, rope_store
 from .moe import moe, route
-from .sampling import sample
+from .sampling import sample, top_logprobs
 from .flash import with_flash
 
 # %% ../nbs/15_ops.ipynb #0200a5ea
@@ -39,6 +39,7 @@ class Ops:
     route:Callable=route
     moe:Callable=moe
     sample:Callable=sample
+    top_logprobs:Callable=top_logprobs
     prepare:Callable=keep # puts a weight of four-bit experts, at load, into the order that `moe` wants
     asks_cpu:bool=True # does any of them look at a tensor's values between launches? Then no CUDA graph can hold them
     options:dict=field(default_factory=dict) # what all kernels were told, such as pdl=True
@@ -90,9 +91,9 @@ def triton_ops(**options # for all that know them
     from simplellm.kernels.attention import paged_attention
     from simplellm.kernels.mxfp4 import prepare
     from simplellm.kernels.moe import moe, moe_add, norm_route, route
-    from simplellm.kernels.sampling import sample
+    from simplellm.kernels.sampling import sample, top_logprobs
     ours = dict(rms_norm=rms_norm, rope_store=rope_store, attention=paged_attention, linear=linear, route=route, moe=moe,
-                prepare=prepare, sample=sample)
+                prepare=prepare, sample=sample, top_logprobs=top_logprobs)
     several = [] if options.get("batch_invariant") else [norm_linear, linear_add, norm_route, moe_add]
     return {name: told(f, options) for name, f in ours.items()} | dict(fused={f.__name__: told(f, options) for f in several})
 

@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['Unasked', 'SamplingParams', 'check_number', 'is_ids', 'is_texts', 'is_bias', 'check_params', 'check_vocab',
-           'keep_min_p', 'keep_top', 'index_pairs', 'allow_only', 'Penalties', 'penalize', 'bad_word_ids', 'banned_ids',
-           'philox', 'draw', 'as_uniform', 'scramble', 'waiting_times', 'pick', 'SamplingBatch', 'make_edits',
-           'make_penalties', 'make_sampling', 'edit', 'sample', 'top_logprobs']
+           'keep_min_p', 'keep_top', 'bad_word_ids', 'banned_ids', 'Edits', 'edit', 'row_edits', 'make_edits', 'philox',
+           'draw', 'as_uniform', 'scramble', 'waiting_times', 'pick', 'SamplingBatch', 'make_sampling', 'sample',
+           'top_logprobs']
 
 # %% ../nbs/09_sampling.ipynb #e0d3b493
 import math
+from collections import Counter
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from numbers import Integral, Real
 import torch
 from torch import Tensor
@@ -145,46 +146,6 @@ def keep_top(logits:Tensor, # [N, V]
     values = values.masked_fill((before >= top_p[:, None]) & (top_p[:, None] < 1), -math.inf)
     return torch.empty_like(values).scatter_(-1, ids, values)
 
-# %% ../nbs/09_sampling.ipynb #13628f12
-def index_pairs(lists:dict[int, list[int]], # row -> token ids
-                device
-               )->tuple[Tensor, Tensor]|None: # rows and ids, to index logits with; None = nothing
-    "Row and id of every token listed"
-    if not any(lists.values()): return None
-    rows = [row for row, ids in lists.items() for _ in ids]
-    return torch.tensor([rows, [i for ids in lists.values() for i in ids]], device=device).unbind()
-
-# %% ../nbs/09_sampling.ipynb #928f5910
-def allow_only(logits:Tensor, # [N, V]
-               pairs:tuple[Tensor, Tensor] # rows and the ids allowed there
-              )->Tensor:
-    "In the rows named, nothing but the tokens named"
-    ban = torch.zeros(logits.shape, dtype=torch.bool, device=logits.device)
-    ban[pairs[0]] = True
-    ban[pairs] = False
-    return logits.masked_fill(ban, -math.inf)
-
-# %% ../nbs/09_sampling.ipynb #7e276ebc
-@dataclass
-class Penalties:
-    "The rows with penalties, and what they have said"
-    rows:Tensor # [P] rows of the logits
-    strength:Tensor # [3, P, 1] repetition, presence, frequency
-    seen:tuple[Tensor, Tensor] # pairs in [P, V]: tokens of prompt and output
-    said:tuple[Tensor, Tensor]|None # pairs in [P, V]: tokens of the output
-
-# %% ../nbs/09_sampling.ipynb #bf90ea5a
-def penalize(logits:Tensor, # [N, V]
-             p:Penalties
-            )->Tensor:
-    "Weaken tokens that were there before"
-    x, (repetition, presence, frequency) = logits[p.rows], p.strength
-    seen, count = torch.zeros_like(x, dtype=torch.bool), torch.zeros_like(x)
-    seen[p.seen] = True
-    if p.said: count.index_put_(p.said, torch.ones_like(p.said[0], dtype=x.dtype), accumulate=True)
-    x = torch.where(seen, torch.where(x > 0, x / repetition, x * repetition), x)
-    return logits.index_copy(0, p.rows, x - frequency * count - presence * (count > 0))
-
 # %% ../nbs/09_sampling.ipynb #4cfe01a4
 def bad_word_ids(words:list[str]|None, # SamplingParams.bad_words
                  encode # text -> token ids
@@ -201,6 +162,49 @@ def banned_ids(r # a Request: .tokens .num_output .params .stop_ids .bad_words
     for *start, last in r.bad_words:
         if len(start) <= r.num_output and r.tokens[len(r.tokens) - len(start):] == start: ids.append(last)
     return ids
+
+# %% ../nbs/09_sampling.ipynb #928715ed
+@dataclass
+class Edits:
+    "What happens to single logits; a token of a row has at most one entry"
+    at:Tensor # [2, E] int64 rows and token ids
+    change:Tensor # [3, E] float32: what is added (-inf forbids), times in the output, 1 if in prompt or output
+    strength:Tensor # [3, N] float32 repetition, presence and frequency penalty of each row
+    only:Tensor|None # [K] int64 rows in which no token without an entry may come
+
+def edit(logits:Tensor, # [N, V]
+         e:Edits|None # of N rows
+        )->Tensor: # [N, V] float32
+    "The logits that the requests want"
+    out = logits.float()
+    if e is None: return out
+    (bias, said, seen), (repetition, presence, frequency) = e.change, e.strength[:, e.at[0]]
+    x = out[e.at.unbind()] + bias
+    x = torch.where(seen > 0, torch.where(x > 0, x / repetition, x * repetition), x)
+    if e.only is not None: out = out.index_fill(0, e.only, -math.inf)
+    return out.index_put(e.at.unbind(), x - frequency * said - presence * (said > 0))
+
+# %% ../nbs/09_sampling.ipynb #df14e212
+def row_edits(r # a Request, as of `banned_ids`
+             )->dict[int, tuple[float, int, bool]]: # token id -> an entry of `Edits.change`
+    "What happens to the tokens of one request"
+    p, said, seen = r.params, Counter(), set()
+    if p.penalized: said, seen = Counter(r.tokens[r.num_prompt:]), set(r.tokens)
+    bias = (p.logit_bias or {}) | dict.fromkeys(banned_ids(r), -math.inf)
+    return {i: (bias.get(i, 0.0), said[i], i in seen) for i in p.allowed_token_ids or {*seen, *bias}}
+
+def make_edits(rows:list, # Requests
+               device
+              )->Edits|None:
+    "What happens to the tokens of a batch; None = nothing"
+    if all(r.params.plain for r in rows): return None
+    each, tensor = [row_edits(r) for r in rows], partial(torch.tensor, device=device)
+    at = tensor([[n for n, e in enumerate(each) for _ in e], [i for e in each for i in e]], dtype=torch.int64)
+    change = tensor([entry for e in each for entry in e.values()], dtype=torch.float32).view(-1, 3).T.contiguous()
+    names = "repetition_penalty", "presence_penalty", "frequency_penalty"
+    strength = tensor([[float(getattr(r.params, name)) for r in rows] for name in names])
+    only = [n for n, r in enumerate(rows) if r.params.allowed_token_ids]
+    return Edits(at, change, strength, tensor(only) if only else None)
 
 # %% ../nbs/09_sampling.ipynb #b4c1694a
 _LOW = 0xFFFFFFFF
@@ -264,63 +268,29 @@ class SamplingBatch:
     positions:Tensor|None=None # [N] index of the token to sample
     sorts:bool=False # does any row use top_k or top_p?
     min_p:bool=False # does any row use min_p?
-    allowed:tuple[Tensor, Tensor]|None=None # rows and ids
-    banned:tuple[Tensor, Tensor]|None=None
-    bias:tuple[tuple[Tensor, Tensor], Tensor]|None=None # rows and ids, and what to add
-    penalties:Penalties|None=None
+    edits:Edits|None=None # None where plain
 
 # %% ../nbs/09_sampling.ipynb #4bbac818
-def make_edits(rows:list, device)->dict:
-    "The edits that these requests want, as fields of a SamplingBatch"
-    biases = {i: r.params.logit_bias for i, r in enumerate(rows) if r.params.logit_bias}
-    amounts = torch.tensor([float(v) for b in biases.values() for v in b.values()], device=device)
-    return dict(allowed=index_pairs({i: r.params.allowed_token_ids or () for i, r in enumerate(rows)}, device),
-                banned=index_pairs({i: banned_ids(r) for i, r in enumerate(rows)}, device),
-                bias=(index_pairs(biases, device), amounts) if biases else None,
-                penalties=make_penalties(rows, device))
-
-# %% ../nbs/09_sampling.ipynb #98eb6d62
-def make_penalties(rows:list, device)->Penalties|None:
-    "The penalties of the rows that have some"
-    which = [i for i, r in enumerate(rows) if r.params.penalized]
-    if not which: return None
-    names = "repetition_penalty", "presence_penalty", "frequency_penalty"
-    strength = [[float(getattr(rows[i].params, name)) for i in which] for name in names]
-    seen = index_pairs({k: rows[i].tokens for k, i in enumerate(which)}, device)
-    said = index_pairs({k: rows[i].tokens[rows[i].num_prompt:] for k, i in enumerate(which)}, device)
-    return Penalties(torch.tensor(which, device=device), torch.tensor(strength, device=device)[..., None], seen, said)
-
-# %% ../nbs/09_sampling.ipynb #174c9451
 def make_sampling(rows:list, # Requests: .params .tokens .num_prompt .num_output .seed .stop_ids .bad_words
                   device="cpu" # where the logits are
                  )->SamplingBatch:
     "The wishes of the requests of a batch, as tensors"
     params = [r.params for r in rows]
     plain, greedy = all(p.plain for p in params), all(p.greedy for p in params)
-    edits = {} if plain else make_edits(rows, device)
-    if greedy: return SamplingBatch(True, plain, **edits)
+    edits = make_edits(rows, device)
+    if greedy: return SamplingBatch(True, plain, edits=edits)
     sorts, min_p = any(p.top_k > 0 or p.top_p < 1 for p in params), any(p.min_p > 0 for p in params)
     knobs = torch.tensor([[p.temperature, p.top_p, p.min_p] for p in params], dtype=torch.float32, device=device).T
     ints = torch.tensor([[r.params.top_k, r.seed, len(r.tokens)] for r in rows], device=device).T
-    return SamplingBatch(False, plain, knobs, *ints, sorts=sorts, min_p=min_p, **edits)
+    return SamplingBatch(False, plain, knobs, *ints, sorts=sorts, min_p=min_p, edits=edits)
 
 # %% ../nbs/09_sampling.ipynb #13f401a2
-def edit(logits:Tensor, # [N, V] float32
-         sb:SamplingBatch
-        )->Tensor:
-    "Apply the edits, in vLLM's order"
-    if sb.allowed: logits = allow_only(logits, sb.allowed)
-    if sb.banned: logits = logits.index_put(sb.banned, logits.new_tensor(-math.inf))
-    if sb.bias: logits = logits.index_put(*sb.bias, accumulate=True)
-    return penalize(logits, sb.penalties) if sb.penalties else logits
-
-# %% ../nbs/09_sampling.ipynb #00795204
 def sample(logits:Tensor, # [N, V]
            sb:SamplingBatch # of N rows
           )->Tensor: # [N] int64
     "One token for each row of the batch"
     if sb.greedy and sb.plain: return logits.argmax(-1)
-    logits = edit(logits.float(), sb)
+    logits = edit(logits, sb.edits)
     best = logits.argmax(-1)
     if sb.greedy: return best
     temperature, top_p, min_p = sb.knobs
@@ -339,4 +309,5 @@ def top_logprobs(logits:Tensor, # [N, V] as the model gave them
     logprobs = logits.log_softmax(-1, dtype=torch.float32)
     chosen = logprobs.gather(-1, ids[:, None])
     values, best = logprobs.topk(logits.shape[-1] if k < 0 else min(k, logits.shape[-1]), dim=-1)
-    return torch.cat([ids[:, None], best], 1), torch.cat([chosen, values], 1), (logprobs > chosen).sum(-1) + 1
+    rank = (logits > logits.gather(-1, ids[:, None])).sum(-1) + 1
+    return torch.cat([ids[:, None], best], 1), torch.cat([chosen, values], 1), rank

@@ -7,7 +7,7 @@ from simplellm.ops import choose_ops, describe_ops, triton_ops
 
 triton = pytest.importorskip("triton")
 device = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
-KERNELS = "rms_norm", "rope_store", "attention", "linear", "route", "moe", "sample"
+KERNELS = "rms_norm", "rope_store", "attention", "linear", "route", "moe", "sample" # of a decode step
 
 def told(ops, name): return getattr(getattr(ops, name), "keywords", {})
 
