@@ -172,21 +172,26 @@ def paged_attention(q:torch.Tensor, # [T, heads, D] queries of all new tokens, r
 # %% ../nbs/14_attention_kernel.ipynb #89ed251c
 _SHAPES = {"gpt-oss": (64, 8, 64), "Llama": (32, 8, 64), "Qwen3": (32, 4, 128), "tiny": (4, 2, 32)} # heads, kv_heads, head_dim
 
-def _case(model, what, max_q=1, dtype="bf16", block_size=16, targets=("sm_90a",), **fixed):
+def _case(model, what, max_q=1, dtype="bf16", block_size=16, sinks=False, targets=("sm_90a",), **fixed):
     "One representative compilation; made for Hopper alone, as it is launched there: with PDL"
     (HQ, HK, D), exact = _SHAPES[model], dtype == "fp32"
     types = dict.fromkeys(("q", "k_cache", "v_cache", "sinks", "out"), f"*{dtype}") | dict(parts="*fp32", part_lse="*fp32", scale="fp32")
     types |= dict.fromkeys(("block_tables", "seq_lens", "cu_q", "arrived"), "*i32") | dict(q_token="i32:16", q_head="i32:16")
     types |= dict.fromkeys(("R", "splits", "least", "table_row"), "i32")
     fixed = dict(G=HQ // HK, HK=HK, D=D, BS=block_size, SINGLE=max_q == 1, EXACT=exact, **tile_sizes(D, HQ // HK, max_q, exact)) | fixed
-    absent = dict(lse=None) if model == "gpt-oss" else dict(lse=None, sinks=None)
+    absent = dict(lse=None) if sinks else dict(lse=None, sinks=None)
     return variant(_attend, f"{model}, {what}", types, dict(WINDOW=0, SPLIT=False, FIXED=0, PDL=len(targets) == 1) | absent | fixed, targets)
 
-AOT = [_case("gpt-oss", "decode, splits", SPLIT=True, targets=TARGETS), _case("gpt-oss", "decode, window", WINDOW=128),
-       _case("gpt-oss", "decode, slots", block_size=4096), _case("gpt-oss", "4 tokens, window", 4, WINDOW=128),
-       _case("gpt-oss", "few tokens", 8, SPLIT=True), _case("gpt-oss", "prefill, window", 512, WINDOW=128, targets=TARGETS),
-       _case("gpt-oss", "prefill, splits", 512, SPLIT=True), _case("Llama", "decode, splits", SPLIT=True), _case("Llama", "16 tokens, splits", 16, SPLIT=True),
-       _case("Llama", "prefill", 512, targets=TARGETS), _case("Llama", "prefill, window, fp16", 512, "fp16", WINDOW=128),
-       _case("Qwen3", "decode, splits", SPLIT=True, targets=TARGETS), _case("Qwen3", "decode, fp16", dtype="fp16"), _case("Qwen3", "few tokens", 8, SPLIT=True),
-       _case("Qwen3", "prefill, splits", 512, SPLIT=True, targets=TARGETS), _case("tiny", "decode, fp32", dtype="fp32", targets=TARGETS),
-       _case("tiny", "decode, fp16", dtype="fp16")]
+def _cases(what, max_q, *dtypes):
+    "All combinations; a window leaves nothing to split"
+    return [_case(model, f"{what}, {dtype}" + ", window" * (window > 0) + ", sinks" * sinks, max_q, dtype, sinks=sinks, WINDOW=window, SPLIT=not window)
+            for model in ("tiny", "gpt-oss", "Qwen3") for dtype in dtypes for window in (0, 128) for sinks in (False, True)]
+
+_OTHERS = "sm_80", "sm_100"
+AOT = [_case("gpt-oss", "decode, splits", sinks=True, SPLIT=True, targets=_OTHERS), _case("gpt-oss", "decode, slots", block_size=4096, sinks=True),
+       _case("gpt-oss", "4 tokens, window", 4, sinks=True, WINDOW=128), _case("gpt-oss", "few tokens", 8, sinks=True, SPLIT=True),
+       _case("gpt-oss", "prefill, window", 512, sinks=True, WINDOW=128, targets=_OTHERS), _case("Llama", "16 tokens, splits", 16, SPLIT=True),
+       _case("Llama", "prefill", 512, targets=TARGETS), _case("Qwen3", "decode, splits", SPLIT=True, targets=_OTHERS),
+       _case("Qwen3", "few tokens", 8, SPLIT=True), _case("Qwen3", "prefill, splits", 512, SPLIT=True, targets=_OTHERS),
+       _case("Qwen3", "fp16 decode, splits", dtype="fp16", SPLIT=True), _case("tiny", "decode, fp32", dtype="fp32", targets=TARGETS),
+       *_cases("decode", 1, "bf16"), *_cases("prefill", 512, "bf16", "fp16")]

@@ -6,9 +6,8 @@
 __all__ = ['KNOWN', 'distinct_experts', 'step_bytes', 'ceiling', 'speeds', 'plan']
 
 # %% ../nbs/31_plan.ipynb #4df5cc87
-from collections import Counter
 from .config import EngineConfig, ModelConfig, check
-from .memory import advice, block_bytes, budget, cache_dtype, concurrency, weight_bytes
+from .memory import advice, block_bytes, budget, cache_dtype, concurrency, held_bytes, weight_bytes
 from .models import read_config, tiny_path
 from .synthetic import open_synthetic
 
@@ -63,7 +62,7 @@ def plan(model=None, # as in `config_files`, also synthetic:...; None = the ship
     lengths = sorted(set(lengths) or {n for n in (1128, 4096, 16384) if n < longest} | {longest})
     for n in lengths: check(1 <= n <= longest, "length", n, f"1 to {longest}, the longest sequence")
     for n in batches: check(n >= 1, "batch", n, "at least 1")
-    parts = {k: gb(v) for k, v in (weight_bytes(c) + Counter(together=sum(weight_bytes(c).values()))).items()}
+    parts = {k: gb(v) for k, v in {**weight_bytes(c), "together": weight_bytes(c).total(), "on a GPU": held_bytes(c)}.items() if v}
     cache = {"per token": f"{block_bytes(c, e) // e.block_size:,} bytes", f"per block of {e.block_size}": f"{block_bytes(c, e):,} bytes"}
     needs = {k: (gb(v), KNOWN[k]) for k, v in budget(c, e, memory).items()}
     fit = {f"{n:,} tokens each": f"{concurrency(c, e, memory, n):,}" for n in lengths}

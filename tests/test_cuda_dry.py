@@ -1,4 +1,4 @@
-"""The way of a request on a GPU, walked without one: the sizes of three models, tensors without data on another device, and launches that are
+"""The way of a request on a GPU, walked without one: the sizes of some models, tensors without data on another device, and launches that are
 only written down. Two questions: does anything mix devices or wait for a number, and does serving need a kernel that the rehearsal lacked?"""
 import contextlib, os, random, subprocess, sys, threading
 from pathlib import Path
@@ -12,7 +12,7 @@ from simplellm import memory, runner as runners
 from simplellm.blocks import BlockPool
 from simplellm.config import EngineConfig
 from simplellm.cudagraph import Graphs
-from simplellm.models import read_config, tensor_table
+from simplellm.models import read_config, tensor_table, tiny_path
 from simplellm.ops import choose_ops
 from simplellm.sampling import top_logprobs
 from simplellm.scheduler import Request, Scheduler
@@ -41,7 +41,7 @@ def specialized(value, plain=False):
 
 class Launches:
     "Stands in for Triton: notes which variant of which kernel is launched"
-    def __init__(self): self.variants = set()
+    def __init__(self): self.variants, self.parts = set(), 0
 
     def launch(self, kernel, *args, grid, warmup, **options):
         fixed = [n for n, a in kernel.fn.__annotations__.items() if "constexpr" in str(a)]
@@ -51,6 +51,7 @@ class Launches:
         assert set(where.values()) <= {GPU}, f"{kernel.__name__} gets {where}"
         assert all(0 < n < (2**31 if i == 0 else 2**16) for i, n in enumerate(grid)), f"{kernel.__name__}{grid}"
         known = {n: v if n in fixed or n not in kernel.arg_names else specialized(v, n in plain) for n, v in named.items()}
+        if named.get("part_lse") is not None: self.parts = max(self.parts, named["parts"].nbytes + named["part_lse"].nbytes)
         self.variants.add((kernel.__name__, *sorted(known.items(), key=str)))
 
 @pytest.fixture
@@ -71,6 +72,15 @@ QWEN_30B = dict( # Qwen3-30B-A3B
     model_type="qwen3_moe", vocab_size=151936, hidden_size=2048, intermediate_size=6144, moe_intermediate_size=768, num_hidden_layers=48,
     num_attention_heads=32, num_key_value_heads=4, head_dim=128, num_experts=128, num_experts_per_tok=8, norm_topk_prob=True, hidden_act="silu",
     rms_norm_eps=1e-6, rope_theta=1e6, max_position_embeddings=40960, tie_word_embeddings=False, use_sliding_window=False, torch_dtype="bfloat16")
+
+MIXTRAL = dict( # Mixtral-8x7B
+    model_type="mixtral", vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
+    num_local_experts=8, num_experts_per_tok=2, hidden_act="silu", rms_norm_eps=1e-5, rope_theta=1e6, max_position_embeddings=32768,
+    sliding_window=None, tie_word_embeddings=False, torch_dtype="bfloat16")
+
+LLAMA_7B = dict( # Llama-2-7B, whose query heads share nothing
+    model_type="llama", vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=32,
+    hidden_act="silu", rms_norm_eps=1e-5, rope_theta=1e4, max_position_embeddings=4096, tie_word_embeddings=False, torch_dtype="bfloat16")
 
 def hollow(model):
     "The first two layers of a model, of the right shapes with no numbers in them"
@@ -113,8 +123,9 @@ def serve(model, e, longest, graphs, count, seed):
 SMALL = dict(max_num_seqs=64, max_num_batched_tokens=512)
 
 @pytest.mark.parametrize("name, settings, longest, graphs", [
-    ("gpt-oss-120b", dict(), 131072, True), ("gpt-oss-120b", SMALL, 1128, False), ("llama-3.2-1b", SMALL, 1128, True), (QWEN_30B, SMALL, 1128, False)],
-    ids=["gpt-oss", "gpt-oss, small", "Llama", "Qwen3-MoE"])
+    ("gpt-oss-120b", dict(), 131072, True), ("gpt-oss-120b", SMALL, 1128, False), ("llama-3.2-1b", SMALL, 1128, True), (QWEN_30B, SMALL, 1128, False),
+    (tiny_path(), dict(), 4096, True), (MIXTRAL, dict(max_num_seqs=16, max_num_batched_tokens=256), 8192, False), (LLAMA_7B, SMALL, 4096, False)],
+    ids=["gpt-oss", "gpt-oss, small", "Llama", "Qwen3-MoE", "shipped", "Mixtral", "one head a key"])
 def test_what_is_served_was_rehearsed(launches, name, settings, longest, graphs):
     model, e, luck = hollow(name), EngineConfig(**settings), random.Random(0)
     with OneDevice():
@@ -122,15 +133,32 @@ def test_what_is_served_was_rehearsed(launches, name, settings, longest, graphs)
         early = set(launches.variants)
         memory.measure_step(model, e, longest, torch.bfloat16)
         before = set(launches.variants)
+        room = memory.split_bytes(model.config, e.max_num_batched_tokens, e.max_num_seqs, longest)
+        assert room / 3 < launches.parts <= room
         steps = serve(model, e, longest, graphs, 30, 0)
         runner = runners.Runner(model, model.new_cache(1), GPU, sample=model.ops.sample)
-        for n in (*range(1, 35), 100, 511):
+        for n in [n for n in (*range(1, 35), 100, 200, 511) if n <= e.max_num_batched_tokens]:
             for past in {0, 7, 300, 600, 5000, 17000, longest - n}:
-                if n + past <= longest: memory.rehearse(runner, [(n, past), *[(1, 3)] * min(luck.choice([0, 1, 30, 63]), e.max_num_batched_tokens - n)], prompt_logprobs=luck.choice([None, 1]))
+                others = min(luck.choice([0, 1, 30, 63]), e.max_num_batched_tokens - n, e.max_num_seqs - 1)
+                if n + past <= longest: memory.rehearse(runner, [(n, past), *[(1, 3)] * others], prompt_logprobs=luck.choice([None, 1]))
     new = launches.variants - before
     print(len(before), "variants;", steps, "steps")
-    assert steps > 30 and not new, "\n".join(map(str, new))
-    assert not before - early
+    assert steps > 20 and not new, "\n".join(map(str, new))
+    assert not before - early and launches.parts <= room
+
+@pytest.mark.parametrize("most", [40, 100, 2048])
+def test_every_choice_by_a_number_of_tokens_is_rehearsed(most):
+    "For any number of experts and any group of heads, not only those of the models above"
+    from simplellm.kernels import attention, moe
+    steps = memory.rehearsals(EngineConfig(max_num_seqs=1, max_num_batched_tokens=most), 4096)
+    tokens, late = {sum(n for n, _ in rows) for rows in steps}, {rows[0][0] for rows in steps if rows[0][1]}
+    for E, k in ((E, k) for E in (*range(1, 13), 40, 128) for k in (1, 2, 3, 4, 8) if k <= E):
+        for sizes in lambda T: moe.tile_sizes(T * k, E, False, False), lambda T: moe.route_sizes(T, E, k):
+            choice = lambda T: (T * k <= moe.FEW, *sizes(T).values())
+            assert set(map(choice, range(1, most + 1))) == set(map(choice, tokens)), (E, k)
+    for G in 1, 2, 3, 4, 8, 16:
+        choice = lambda n: str(attention.tile_sizes(64, G, n, False))
+        assert set(map(choice, range(1, most + 1))) == set(map(choice, late)), G
 
 def scale(x, y, n, BLOCK: triton.language.constexpr):
     i = triton.language.arange(0, BLOCK)

@@ -133,3 +133,4 @@ def test_the_installed_package_has_the_arguments():
     cute = pytest.importorskip("flash_attn.cute")
     used = {"cu_seqlens_q", "max_seqlen_q", "max_seqlen_k", "seqused_k", "page_table", "softmax_scale", "causal", "learnable_sink", "window_size"}
     assert used <= inspect.signature(cute.flash_attn_varlen_func).parameters.keys()
+    assert sys.modules["flash_attn.cute.interface"].BIN_BATCH_SEARCH_THRESH == flash.MANY

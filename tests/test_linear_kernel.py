@@ -10,6 +10,7 @@ from simplellm.norm import rms_norm
 
 device = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 STEP = {torch.float32: 3e-6, torch.float16: 2**-9} # float16 stands for bfloat16, whose products the interpreter gets wrong
+FUSED_TYPES = [t for t in STEP if device == "cpu" or t != torch.float32] # on a GPU the fused products leave float32 to others
 
 def noise(g, *shape, dtype=torch.float32): return torch.randn(shape, generator=g).to(device, dtype)
 
@@ -50,7 +51,7 @@ def test_what_does_not_fit_is_named(change, name):
     args = dict(x=torch.zeros(2, 4), weight=torch.zeros(3, 4), bias=None) | change
     with pytest.raises(ValueError, match=name): linear(**{k: v if v is None else v.to(device) for k, v in args.items()})
 
-@pytest.mark.parametrize("dtype", STEP, ids=str)
+@pytest.mark.parametrize("dtype", FUSED_TYPES, ids=str)
 @pytest.mark.parametrize("T,N,H,K,gain,bias", [(1, 17, 40, 300, True, True), (3, 5, 513, 33, False, True), (8, 33, 100, 64, True, False), (16, 20, 300, 48, True, True)])
 def test_a_sum_after_and_a_norm_before(T, N, H, K, gain, bias, dtype):
     g = torch.Generator().manual_seed(T)

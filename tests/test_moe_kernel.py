@@ -12,6 +12,7 @@ from simplellm.norm import rms_norm
 
 device = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 STEP = {torch.float32: 2e-5, torch.float16: 2**-7} # float16 stands for bfloat16, whose products the interpreter gets wrong
+FUSED_TYPES = [t for t in STEP if device == "cpu" or t != torch.float32] # on a GPU the fused products leave float32 to others
 clamped = partial(plain.clamped_swiglu, alpha=1.3, limit=2.5)
 
 def noise(g, *shape, dtype=torch.float32): return torch.randn(shape, generator=g).to(device, dtype)
@@ -112,7 +113,7 @@ def test_no_tokens():
     _, mine = experts(g, 32, 32, 3, False, torch.float32)
     assert ours.moe(noise(g, 0, 32), *ours.route(noise(g, 0, 3), 2), *mine, clamped).shape == (0, 32)
 
-@pytest.mark.parametrize("dtype", STEP, ids=str)
+@pytest.mark.parametrize("dtype", FUSED_TYPES, ids=str)
 @pytest.mark.parametrize("T,H,E,k,gain,bias,normalize,active", [(1, 300, 20, 3, True, True, True, None), (5, 64, 128, 4, True, False, False, 3), (16, 544, 4, 2, False, True, True, 16)])
 def test_norm_router_routing_and_the_sum_after(T, H, E, k, gain, bias, normalize, active, dtype):
     g = torch.Generator().manual_seed(T)

@@ -1,14 +1,15 @@
-"The plan against real tensors and against the floor written down in issue 3"
+"The plan against real tensors and against a floor computed apart"
 from dataclasses import replace
 import pytest, torch
 from simplellm.async_engine import LLM
 from simplellm.checkpoint import Checkpoint
 from simplellm.config import EngineConfig
 from simplellm.cudagraph import Graphs, bucket_sizes
+from simplellm.flash import LONG, MANY
 from simplellm.models import load_model, load_weights, read_config, tiny_path
 from simplellm.mxfp4 import MXFP4
 from simplellm.memory import (LAYER, budget, cache_blocks, check_memory, concurrency, fixed_bytes, flags_that_fit, gpu_memory, graph_bytes,
-                              measure_step, refuse_too_large, rehearsals, smallest_memory, spread, weight_bytes)
+                              held_bytes, measure_step, refuse_too_large, rehearsals, smallest_memory, spread, weight_bytes)
 from simplellm.plan import ceiling, distinct_experts, plan, step_bytes
 from simplellm.synthetic import Synthetic, write_checkpoint
 
@@ -21,6 +22,18 @@ def test_shipped_model_weighs_what_its_files_hold():
     nbytes = lambda w: sum(x.nbytes for x in w) if isinstance(w, MXFP4) else w.nbytes
     assert size["embedding"] == nbytes(weights["embed"])
     assert size["experts"] == sum(nbytes(w) for k, w in weights.items() if "gate_up_proj" in k or "down_proj" in k)
+
+def test_weights_in_the_kernels_order_weigh_what_is_planned(write_gpt_oss):
+    pytest.importorskip("triton")
+    from simplellm.kernels.mxfp4 import Prepared, prepare
+    nbytes = lambda w: w.words.nbytes + w.scales.nbytes if isinstance(w, Prepared) else w.nbytes
+    for H, I in (64, 64), (96, 160): # two groups of 32 in a row are padded to four scales; three and five also to pairs
+        d = write_gpt_oss.json(hidden_size=H, intermediate_size=I)
+        files = Checkpoint(write_gpt_oss(d, write_gpt_oss.tensors(d), name=f"x{H}"))
+        weights = load_weights(files, read_config(files), dequantize=False, prepare=prepare)
+        assert held_bytes(read_config(files)) == sum(map(nbytes, weights.values())) > weight_bytes(read_config(files)).total()
+    big = config_of("gpt-oss-120b")
+    assert held_bytes(big) - weight_bytes(big).total() == 36 * 128 * (5760 + 2880) * 2 and budget(big, EngineConfig(), 80e9)["weights"] == held_bytes(big)
 
 def test_written_checkpoint_weighs_as_planned(tmp_path):
     source = Synthetic(tiny_path(), layers=3, seed=1, device="cpu")
@@ -82,7 +95,7 @@ def test_graphs_cost_by_their_number_and_nothing_without_them():
 
 def test_command_line(capsys, tmp_path):
     from simplellm.cli import app
-    for args, expected in ((["plan", "gpt-oss-120b", "--memory", "80"], ["855 tok/s", "65.25 GB", "73,728 bytes", "do not fit", "max_model_len="]),
+    for args, expected in ((["plan", "gpt-oss-120b", "--memory", "80"], ["855 tok/s", "65.25 GB", "on a GPU 65.33 GB", "weights 65.33 GB exact", "73,728 bytes", "do not fit", "max_model_len="]),
                            (["plan", "--memory", "24", "--max-model-len", "512"], ["512 tokens each"]),
                            (["plan", "--length", "100", "--length", "2000", "--batch", "3", "--batch", "1000"], ["100 tokens each", "2,000 tokens each", "batch 3 ", "batch 1,000"]),
                            (["plan", "gpt-oss-20b", "--kv-cache-dtype", "float32", "--block-size", "32", "--enforce-eager"], ["98,304 bytes", "per block of 32", "graphs 0.00 GB"]),
@@ -106,7 +119,7 @@ def test_a_model_that_does_not_fit_is_refused_before_it_is_read(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(79e9), int(80e9)))
     monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 1.0)
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
-    with pytest.raises(ValueError, match=r"65\.25 GB weights .* max_model_len=32768.* a GPU with 8\d GB"): LLM("synthetic:gpt-oss-120b", device="cuda")
+    with pytest.raises(ValueError, match=r"65\.33 GB weights .* max_model_len=32768.* a GPU with 8\d GB"): LLM("synthetic:gpt-oss-120b", device="cuda")
     with pytest.raises(ValueError, match="layers=12"): check_memory(config_of("gpt-oss-120b"), EngineConfig(max_model_len=512), 29e9)
     def half(device): # PyTorch's takes a number, or None for the current device, and no "cuda"
         assert device is None or type(device) is int
@@ -151,10 +164,13 @@ def test_the_largest_step_is_measured_on_top_of_what_is_there(monkeypatch):
     assert measure_step(Watched(), e, 128, torch.float32) == 8 and sizes[-4:] == [(3, 8)] * 4 # as many tokens and rows as may be, for each kind of wish
     assert len(sizes) == 4 + len(rehearsals(e, 128)) and (1, 8) in sizes
 
-@pytest.mark.parametrize("e, longest", [(EngineConfig(), 131072), (EngineConfig(max_num_seqs=64, max_num_batched_tokens=1024), 1128), (EngineConfig(max_num_batched_tokens=1, max_num_seqs=1), 7)])
+@pytest.mark.parametrize("e, longest", [(EngineConfig(), 131072), (EngineConfig(max_num_seqs=64, max_num_batched_tokens=1024), 1128), (EngineConfig(max_num_batched_tokens=1, max_num_seqs=1), 7), (EngineConfig(max_num_seqs=1024), 4096),
+                                        (EngineConfig(max_num_seqs=1024, max_num_batched_tokens=700), 4096)])
 def test_rehearsals_are_steps_that_may_be(e, longest):
     steps = rehearsals(e, longest)
     assert all(new >= 1 and past >= 0 and new + past <= longest for rows in steps for new, past in rows)
     assert all(sum(new for new, _ in rows) <= e.max_num_batched_tokens for rows in steps)
+    flash = [rows for rows in steps if max(new for new, _ in rows) >= LONG and len(rows) > MANY] # another variant of flash-attn
+    assert bool(flash) == (e.max_num_seqs > MANY and e.max_num_batched_tokens >= LONG + MANY)
     assert max(len(rows) for rows in steps) == min(e.max_num_seqs, e.max_num_batched_tokens) and max(past for rows in steps for _, past in rows) == longest - 1
     assert spread(2048, 2, 1128) == [(1024, 0)] * 2 and spread(32, 1, 20) == [(20, 0)] # no sequence is longer than the longest
