@@ -177,7 +177,7 @@ def make_runner(model, config:EngineConfig, blocks:int, longest:int, dtype # fro
     buffers = record or bool(config.async_scheduling)
     kv = model.new_cache(blocks + buffers, config.block_size, dtype)  # graphs need a scratch block
     graphs = Graphs(model, kv, config.max_num_seqs, longest) if buffers else None
-    return Runner(model, kv, model.device, graphs.capture() if record else graphs, model.ops.sample)
+    return Runner(model, kv, model.device, graphs.capture() if record else graphs)
 
 # %% ../nbs/27_engine.ipynb #32e5b4c3
 class Engine:

@@ -213,7 +213,7 @@ def rehearse(runner:Runner, rows:list[tuple[int, int]], # as from `spread`
 def rehearse_all(model, e:EngineConfig, longest:int, dtype # a Transformer; as in `rehearsals`; of the cache
                 )->None:
     "Compute every step that was thought of"
-    runner = Runner(model, model.new_cache(1, e.block_size, dtype), model.device, sample=model.ops.sample)
+    runner = Runner(model, model.new_cache(1, e.block_size, dtype), model.device)
     for rows in rehearsals(e, longest): rehearse(runner, rows, prompt_logprobs=0)
     for wish in WISHES: rehearse(runner, spread(e.max_num_batched_tokens, min(e.max_num_seqs, e.max_num_batched_tokens), longest), **wish)
 

@@ -9,11 +9,13 @@ __all__ = ['SLICE', 'scores_prompt', 'make_rows', 'Output', 'score', 'as_they_ar
 # %% ../nbs/25_runner.ipynb #f462c191
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 import torch
 from torch import Tensor
 from .batch import Batch, make_batch
 from .kvcache import KVCache
-from .sampling import make_sampling, sample, top_logprobs
+from .ops import Ops
+from .sampling import make_sampling, top_logprobs
 from .scheduler import Request, Step
 
 # %% ../nbs/25_runner.ipynb #eb1cc83f
@@ -43,7 +45,8 @@ class Output:
 # %% ../nbs/25_runner.ipynb #2dc5aa1b
 def score(logits:Tensor, # [n, vocab]
           tokens:list[int], # the token that came after each
-          ks:list[int] # likeliest tokens to report for each; -1 = all
+          ks:list[int], # likeliest tokens to report for each; -1 = all
+          top_logprobs:Callable=top_logprobs # `Ops.top_logprobs`
          )->list[tuple]: # per row: ids, logprobs (the given token first, then the likeliest), rank of the given token
     "Log-probabilities in plain Python"
     k = -1 if -1 in ks else max(ks)
@@ -56,7 +59,8 @@ def as_they_are(logits:Tensor)->Tensor: "For a model that gives logits at once";
 
 def split_rows(step:Step, # what was computed
                states:Tensor, # [N, ...] the rows that were wanted
-               words:Callable=as_they_are # what makes logits [N, vocab] of them
+               words:Callable=as_they_are, # what makes logits [N, vocab] of them
+               score:Callable=score # with the model's `top_logprobs`
               )->tuple[Tensor, dict]: # logits to sample from; Output.prompt_logprobs
     "Tell rows to sample from and rows that score prompts apart"
     if not any(map(scores_prompt, step.requests)): return words(states), {}
@@ -64,7 +68,7 @@ def split_rows(step:Step, # what was computed
     for r, n in zip(step.requests, step.num_new):
         done, samples, start = r.num_computed, r.num_computed + n == len(r.tokens), end
         end += n if scores_prompt(r) else int(samples)
-        if scores_prompt(r): scores[r] = done + 1, score_prompt(r, states[start:end], words)
+        if scores_prompt(r): scores[r] = done + 1, score_prompt(r, states[start:end], words, score)
         if samples: sampled.append(end - 1)
     return words(states[sampled]), scores
 
@@ -73,7 +77,7 @@ SLICE = 64 # rows of logits that exist at a time
 
 def score_prompt(r:Request, # before the step's update
                  states:Tensor, # [n, ...] of its tokens from num_computed on
-                 words:Callable=as_they_are # as in `split_rows`
+                 words:Callable=as_they_are, score:Callable=score # as in `split_rows`
                 )->list[tuple]: # of the prompt tokens after each
     "Scores of the prompt tokens that follow those computed now"
     after, found = r.tokens[r.num_computed + 1:r.num_prompt][:len(states)], []
@@ -85,7 +89,8 @@ def score_prompt(r:Request, # before the step's update
 # %% ../nbs/25_runner.ipynb #a93758b9
 def score_sampled(requests:list[Request], # one per row
                   logits:Tensor, # [N, vocab]
-                  ids:list[int] # what was sampled
+                  ids:list[int], # what was sampled
+                  score:Callable=score # as in `split_rows`
                  )->dict[Request, tuple]: # Output.logprobs
     "Scores of sampled tokens, for those who asked"
     asked = [(i, r) for i, r in enumerate(requests) if r.params.logprobs is not None]
@@ -109,12 +114,14 @@ class Launched:
     event:object=None # when they are there; None = now
     logits:Tensor|None=None # [N, vocab], where somebody asked for scores
     prompt_logprobs:dict[Request, tuple]=field(default_factory=dict) # as in Output
+    score:Callable=score # as in `split_rows`
 
     def output(self)->Output:
         "Wait for its tokens"
         if self.event: self.event.synchronize()
         ids = self.ids.tolist()
-        return Output(ids, {} if self.logits is None else score_sampled(self.step.sampling, self.logits, ids), self.prompt_logprobs)
+        scores = {} if self.logits is None else score_sampled(self.step.sampling, self.logits, ids, self.score)
+        return Output(ids, scores, self.prompt_logprobs)
 
 def fetch(ids:Tensor # [N] on the device
          )->tuple: # the same on the host, and the event that says when
@@ -131,10 +138,11 @@ class Runner:
                  model, # a Transformer, or any function (batch, kv) -> logits
                  kv:KVCache, # where keys and values live
                  device="cpu", # where the model lives
-                 graphs=None, # `Graphs` of its decode steps
-                 sample=sample # `Ops.sample`
+                 graphs=None # `Graphs` of its decode steps
                 ):
-        self.kv, self.device, self.graphs, self.sample = kv, device, graphs, sample
+        ops = getattr(model, "ops", Ops())
+        self.kv, self.device, self.graphs, self.sample = kv, device, graphs, ops.sample
+        self.score = partial(score, top_logprobs=ops.top_logprobs)
         self.states, self.words = getattr(model, "states", model), getattr(model, "words", as_they_are)
         self.step, self.sampling = None, None # the last that were sampled one by one
         self.resident = None # the step that the graphs can repeat by themselves
@@ -154,10 +162,10 @@ class Runner:
             self.graphs.fill(batch, make_sampling(step.requests), [r.block_table for r in step.requests])
             return Launched(step, *fetch(self.graphs.replay()))
         wishes = self.sampler(step) if step.sampling else None # before the model, on which its copies would have to wait
-        logits, prompt_scores = split_rows(step, *self.compute(batch))
+        logits, prompt_scores = split_rows(step, *self.compute(batch), self.score)
         if not step.sampling: return Launched(step, torch.empty(0, dtype=torch.int64), prompt_logprobs=prompt_scores)
         scored = logits if any(r.params.logprobs is not None for r in step.sampling) else None
-        return Launched(step, *fetch(self.sample(logits, wishes)), scored, prompt_scores)
+        return Launched(step, *fetch(self.sample(logits, wishes)), scored, prompt_scores, self.score)
 
     def compute(self, batch:Batch)->tuple[Tensor, Callable]: # states, and what makes logits of them
         "Replay a graph where every row decodes; otherwise launch one by one"

@@ -14,7 +14,6 @@ from simplellm.config import EngineConfig
 from simplellm.cudagraph import Graphs
 from simplellm.models import read_config, tensor_table, tiny_path
 from simplellm.ops import choose_ops
-from simplellm.sampling import top_logprobs
 from simplellm.scheduler import Request, Scheduler
 from simplellm.synthetic import Synthetic
 from simplellm.transformer import Transformer
@@ -61,7 +60,7 @@ def launches(monkeypatch):
     seen = Launches()
     for kind in InterpretedFunction, triton.JITFunction: monkeypatch.setattr(kind, "run", lambda self, *a, **kw: seen.launch(self, *a, **kw))
     monkeypatch.setattr(runners, "fetch", lambda ids: (torch.zeros(len(ids), dtype=torch.int64), None))
-    def score(logits, tokens, ks):
+    def score(logits, tokens, ks, top_logprobs):
         top_logprobs(logits, torch.tensor(tokens, device=logits.device), max(ks))
         return [([0], [0.], 1)] * len(tokens)
     monkeypatch.setattr(runners, "score", score)
@@ -110,7 +109,7 @@ def serve(model, e, longest, graphs, count, seed):
     luck, pool = random.Random(seed), BlockPool(3 * longest // e.block_size, e.block_size)
     kv = model.new_cache(pool.num_blocks + 1, e.block_size)
     made = Graphs(model, kv, e.max_num_seqs, longest) if graphs else None
-    s, runner = Scheduler(e, pool, longest), runners.Runner(model, kv, GPU, made, model.ops.sample)
+    s, runner = Scheduler(e, pool, longest), runners.Runner(model, kv, GPU, made)
     coming, steps = list(traffic(e, longest, count, luck)), 0
     while coming or s.waiting or s.running:
         while coming and luck.random() < .6: s.add(coming.pop())
@@ -136,7 +135,7 @@ def test_what_is_served_was_rehearsed(launches, name, settings, longest, graphs)
         room = memory.split_bytes(model.config, e.max_num_batched_tokens, e.max_num_seqs, longest)
         assert room / 3 < launches.parts <= room
         steps = serve(model, e, longest, graphs, 30, 0)
-        runner = runners.Runner(model, model.new_cache(1), GPU, sample=model.ops.sample)
+        runner = runners.Runner(model, model.new_cache(1), GPU)
         for n in [n for n in (*range(1, 35), 100, 200, 511) if n <= e.max_num_batched_tokens]:
             for past in {0, 7, 300, 600, 5000, 17000, longest - n}:
                 others = min(luck.choice([0, 1, 30, 63]), e.max_num_batched_tokens - n, e.max_num_seqs - 1)
