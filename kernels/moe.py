@@ -259,7 +259,7 @@ def tile_sizes(A:int, # assignments
     BK = 128 if packed else 64
     if wide: return dict(BN=32, BT=16, BK=BK if packed else 32, num_warps=4, num_stages=2)
     if A <= FEW: return dict(BN=32, BT=8, BK=BK, num_warps=1, num_stages=6)
-    for tokens, sizes in ((12, (64, 16, 2, 3)), (32, (64, 32, 2, 4)), (96, (64, 64, 4, 3))):
+    for tokens, sizes in ((12, (64, 16, 2, 3)), (32, (64, 32, 2, 4)), (96, (128, 64, 4, 3))):
         if A <= tokens * E: break
     else: sizes = 128, 128, 8, 3
     return dict(zip(("BN", "BT", "num_warps", "num_stages"), sizes), BK=BK)

@@ -135,6 +135,9 @@ def _scaled(pair, scale, FAST: tl.constexpr): # -> both numbers; bfloat16 if FAS
         return (pair << 16).to(tl.float32, bitcast=True) * scale, (pair & -0x10000).to(tl.float32, bitcast=True) * scale
 
 @triton.jit
+def _itself(v): return v
+
+@triton.jit
 def _decode(words, bytes, FAST: tl.constexpr): # [BN, G, 4] words, [BN, G] scale bytes -> [BN, G * 32]
     scale = (bytes + 126) * 0x00800080 if FAST else (bytes + 126) << 23
     scale = tl.broadcast_to(scale[:, :, None], words.shape)
@@ -145,20 +148,18 @@ def _decode(words, bytes, FAST: tl.constexpr): # [BN, G, 4] words, [BN, G] scale
     a3, b3 = _scaled(p3, scale, FAST)
     v = tl.join(tl.join(tl.join(a0, b0), tl.join(a1, b1)), tl.join(tl.join(a2, b2), tl.join(a3, b3)))  # [BN, G, c, 2, +8, +16]
     v = tl.reshape(tl.permute(v, (0, 1, 5, 4, 2, 3)), (words.shape[0], words.shape[1] * 32))
-    if FAST and words.shape[0] < 128: # hides the joins
-        v = tl.inline_asm_elementwise("", "=h,0", [v], dtype=tl.bfloat16, is_pure=False, pack=1)
-    return v
+    return tl.map_elementwise(_itself, v) if FAST else v # hides the joins
 
 # %% ../nbs/12_mxfp4_kernel.ipynb #1c455e47
 @triton.jit
 def _load_mxfp4(words, scales, chunk, chunks, step, units, BN: tl.constexpr, FAST: tl.constexpr):
     # chunk [BN/16]: which 16 rows; zeros for those past `chunks`, and past `units` of 64 columns
-    unit, i = 2 * step + tl.arange(0, 2)[:, None, None], tl.arange(0, 128)[None, None, :]
-    live = chunk < chunks
-    w = tl.load(words + (chunk.to(tl.int64) * units)[None, :, None] * 128 + unit * 128 + i, mask=(unit < units) & live[None, :, None], other=0)
-    w = tl.reshape(tl.permute(tl.reshape(w, (2, BN // 16, 8, 4, 2, 2)), (1, 4, 2, 0, 5, 3)), (BN, 4, 4))
+    live, second = (chunk < chunks)[:, None], 2 * step + 1 + tl.arange(0, 1)[:, None]  # [BN/16, 1], [1, 1]
+    unit = words + (chunk.to(tl.int64) * units + 2 * step)[:, None] * 128 + tl.arange(0, 128)[None, :]
+    w = tl.join(tl.load(unit, mask=live, other=0), tl.load(unit + 128, mask=live & (second < units), other=0))
+    w = tl.reshape(tl.permute(tl.reshape(w, (BN // 16, 8, 4, 2, 2, 2)), (0, 3, 1, 5, 4, 2)), (BN, 4, 4))  # chunk, row, r, unit, group, c
     at = (chunk.to(tl.int64) * ((units + 1) // 2) + step)[:, None] * 16 + tl.arange(0, 16)[None, :]
-    s = tl.reshape(tl.load(scales + at, mask=live[:, None], other=0), (BN, 1))
+    s = tl.reshape(tl.load(scales + at, mask=live, other=0), (BN, 1))
     return _decode(w, (s >> (8 * tl.arange(0, 4))[None, :]) & 255, FAST)  # [BN, 128]
 
 # %% ../nbs/12_mxfp4_kernel.ipynb #525bd836
