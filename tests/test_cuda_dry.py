@@ -191,6 +191,6 @@ def test_alone(monkeypatch, tmp_path):
         other = threading.Thread(target=launch, args=(9,))
         other.start()
         other.join()
-    assert launched == [(9, 1, 1)] and len(loaded) == 3 # a multiple of 16, another number, another type
+    assert launched == [(9, 1, 1)] and len(loaded) in (3, 4) # a multiple of 16, another number (in Triton 3.6 once for each thread), another type
     for n in 48, 11: launch(n)
     assert launched[1:] == [(48, 1, 1), (11, 1, 1)] and len(loaded) == 3
