@@ -9,7 +9,8 @@ __all__ = ['AOT', 'heads_per_program', 'rope_store']
 import torch
 import triton
 import triton.language as tl
-from ..compile import TARGETS
+from ..compile import variant
+from .norm import _in_turn
 
 # %% ../nbs/11_rope_kernel.ipynb #1e8cb6e8
 @triton.jit
@@ -19,9 +20,7 @@ def _rope_store(qkv, positions, table, k_cache, v_cache, slots, q_norm, k_norm, 
     h = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
     i = tl.arange(0, D // 2)[None, :]
     is_q, is_v, exists = h < HQ, h >= HQ + HK, h < HQ + 2 * HK
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
+    _in_turn(PDL)
     position, slot = tl.load(positions + t).to(tl.int64), tl.load(slots + t).to(tl.int64)
     at = qkv + t * stride + h * D + i
     a, b = tl.load(at, mask=exists, other=0.).to(tl.float32), tl.load(at + D // 2, mask=exists, other=0.).to(tl.float32)
@@ -78,10 +77,9 @@ def _case(label, heads=(64, 8, 64), norm=False, dtype="bf16", cache="bf16", pdl=
     "One representative compilation"
     HQ, HK, D = heads
     types = dict(qkv=f"*{dtype}", positions="*i64", table="*fp32", k_cache=f"*{cache}", v_cache=f"*{cache}", slots="*i64",
-                 eps="fp32", stride="i32:16")
-    norms = dict(q_norm=f"*{dtype}", k_norm=f"*{dtype}") if norm else {}
-    fixed = dict(HQ=HQ, HK=HK, D=D, HEADS=heads_per_program(D), PDL=pdl) | ({} if norm else dict(q_norm=None, k_norm=None))
-    return dict(fn=_rope_store, label=label, signature=types | norms, constexprs=fixed, num_warps=1, targets=TARGETS[1:] if pdl else TARGETS)
+                 eps="fp32", stride="i32:16", q_norm=f"*{dtype}", k_norm=f"*{dtype}")
+    fixed = dict(HQ=HQ, HK=HK, D=D, HEADS=heads_per_program(D), PDL=pdl, num_warps=1) | ({} if norm else dict(q_norm=None, k_norm=None))
+    return variant(_rope_store, label, types, fixed)
 
 AOT = [_case("gpt-oss, bf16"), _case("gpt-oss, bf16, PDL", pdl=True), _case("gpt-oss, fp16", dtype="fp16", cache="fp16"),
        _case("Qwen3 with norms, bf16", (32, 4, 128), norm=True), _case("14 + 2 heads, bf16", (14, 2, 64)),

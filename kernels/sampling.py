@@ -157,7 +157,7 @@ def sample(logits:torch.Tensor, # [N, V] as the model gave them, float32 or 16 b
            tile:int=2048, # tokens per program of the first look
            pdl:bool=False # start before the previous kernel ends; Hopper and newer
           )->torch.Tensor: # [N] int64
-    "`simplellm.sampling.sample` in two launches"
+    "`simplellm.sampling.sample` in two launches, after those of `edit`"
     check(logits.ndim == 2 and logits.shape[1] > 0 and logits.stride(1) == 1, "logits", list(logits.shape), "[N, V], rows without gaps inside")
     check(sb.greedy or len(sb.seeds) == len(logits), "sb", None if sb.greedy else len(sb.seeds), f"{len(logits)} rows")
     if not sb.plain: logits = edit(logits, sb.edits)

@@ -211,6 +211,7 @@ def read_prompt(tokenizer, # None = token ids only
                )->tuple[str|None, list[int]]: # its text, its ids
     "One prompt as token ids; special tokens written in it are special, those of its tokenizer go around it"
     if isinstance(prompt, dict):
+        check(prompt.keys() <= {"prompt", "prompt_token_ids"}, "prompt", sorted(prompt), "nothing but `prompt` or `prompt_token_ids`")
         found = prompt.get("prompt_token_ids", prompt.get("prompt"))
         if found is None: raise ValueError(f"prompt: expected `prompt` or `prompt_token_ids` in {prompt!r}")
         prompt = found
@@ -295,7 +296,8 @@ def make_jobs(llm, # an LLM
               stream:bool=False # tell about every token?
              )->list[Job]:
     "A checked job for every prompt; unless a limit was asked for, a reply may be as long as the model allows"
-    params = list_params(given, len(prompts), llm.defaults, changes)
+    free = chat is not None and isinstance(llm.defaults.max_tokens, Unasked)
+    params = list_params(given, len(prompts), replace(llm.defaults, max_tokens=None) if free else llm.defaults, changes)
     if chat is None: read = [read_prompt(llm.tokenizer, p) for p in prompts]
     else:
         read = [read_chat(llm, messages, chat) for messages in prompts]
@@ -324,7 +326,7 @@ class Asking:
              sampling_params=None, # as in `generate`
              *, tools:list[dict]|None=None, # functions that the model may call, in OpenAI's format
              reasoning_effort:str|None=None, # low, medium or high; None = medium, or what a template thinks
-             date:str|None=None, # today, for the system message
+             date:str|None=None, # ISO date for harmony's system message; None leaves it out, where OpenAI's template writes today's
              chat_template_kwargs:dict|None=None, # variables of the checkpoint's template; none in harmony
              use_tqdm:bool|None=None, **params)->Generation: # as in `generate`
         "Answer conversations"
@@ -351,6 +353,7 @@ class LLM(Asking):
         self.engine_config = e = EngineConfig(**options)
         check(e.tensor_parallel_size == 1, "tensor_parallel_size", e.tensor_parallel_size, "1")
         source = None if isinstance(model, Transformer) else open_model(model, device)
+        check(source or (dtype, device) == ("auto", "auto"), "dtype, device", (dtype, device), "auto for a model that is loaded already")
         self.model = model if source is None else load_model(source, dtype, device, admit=partial(refuse_too_large, e),
                                                              batch_invariant=e.batch_invariant)
         self.tokenizer = None if skip_tokenizer_init else find_tokenizer(tokenizer or source)
@@ -361,7 +364,11 @@ class LLM(Asking):
         self.worker = Worker(self.engine)
         self.finalizer = weakref.finalize(self, stop, self.worker, False, 5)
 
-    def cancel(self, *ids:str): cancel(self.worker, ids) # request ids; those already done are passed over
+    def cancel(self, *ids:str): # request ids; those already done are passed over
+        "End requests where they are"
+        check(all(isinstance(i, str) for i in ids), "ids", ids, "request ids, one by one: cancel(*ids)")
+        cancel(self.worker, ids)
+
     def close(self, drain:bool=True): # finish what was submitted, or abort it?
         "End the engine and give its cache back; later submissions are refused"
         stop(self.worker, drain)

@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['OFF', 'STAGES', 'PARTS', 'SWITCHES', 'CUBLAS', 'PANELS', 'OWED', 'serve', 'watched_step', 'read_log', 'spread_of',
            'rate', 'figures', 'read_bandwidth', 'count_experts', 'mean_context', 'floor_parts', 'roof',
-           'share_of_floor', 'stage_kinds', 'pick_ops', 'apart', 'fit_model', 'Case', 'ablations', 'make_cases',
-           'launch_bytes', 'launched', 'kernel_rows', 'hushed', 'profile_steps', 'kernel_table', 'machine', 'facts',
-           'with_peak', 'measure', 'load_timed', 'open_case', 'bench', 'read_lines', 'traits', 'distinct_labels',
-           'medians', 'comparison', 'timed', 'equal_rows', 'attend', 'micro_cases', 'micro', 'is_micro', 'tables',
-           'draw_roof', 'plot', 'owed_commands', 'run_owed']
+           'share_of_floor', 'stage_kinds', 'pick_ops', 'apart', 'fit_model', 'Case', 'ablations', 'read_setting',
+           'make_cases', 'launch_bytes', 'launched', 'kernel_rows', 'hushed', 'profile_steps', 'kernel_table',
+           'machine', 'facts', 'with_peak', 'measure', 'load_timed', 'open_case', 'bench', 'read_lines', 'traits',
+           'distinct_labels', 'medians', 'comparison', 'timed', 'equal_rows', 'attend', 'micro_cases', 'micro',
+           'is_micro', 'tables', 'draw_roof', 'plot', 'owed_commands', 'run_owed']
 
 # %% ../nbs/32_bench.ipynb #a3b14d79
 import gc, json, os, platform, shlex, subprocess, sys, time, timeit
+from ast import literal_eval
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -252,13 +253,20 @@ def ablations(case:Case, device:str)->list[Case]:
     return [case] + [replace(case, label=f"{case.label}, no {name}", **off) for name, off in less]
 
 # %% ../nbs/32_bench.ipynb #e611e3c1
+def read_setting(text:str)->tuple: # such as max_num_seqs=64
+    "Name and value"
+    name, _, value = text.partition("=")
+    try: return name, literal_eval(value.capitalize() if value in ("true", "false") else value)
+    except (ValueError, SyntaxError): return name, value
+
 def make_cases(workload:str, preset:str, arrival:str, # as in `find_shape` and `due_times`
                sessions:list, prompts:list, output:int|None, ops:list, # how many, of what length; as in `stage_kinds`; None = the preset's
                engine:list[str] # such as max_num_seqs=64
               )->list[Case]:
     "Every combination"
-    settings = {k: json.loads(v) if v[:1].isdigit() or v in ("true", "false") else v for k, _, v in (e.partition("=") for e in engine)}
+    settings = dict(map(read_setting, engine))
     check(settings.keys() <= {f.name for f in fields(EngineConfig)}, "engine", ", ".join(engine), "fields of EngineConfig")
+    EngineConfig(**settings) # refuses before anything is loaded
     shapes = [find_shape(workload, preset, sessions=n, first=p, output=output) for n, p in product(sessions, prompts)]
     label = lambda s: f"{workload} {preset} {arrival} {s.sessions} x {s.turns} x {s.shared + s.first}+{s.output}"
     return [Case(f"{label(s)} {o}".strip(), s, arrival, o, settings) for s, o in product(shapes, ops)]
@@ -604,7 +612,7 @@ OWED = { # label -> arguments of `simplellm`
     "prefill": "bench synthetic:gpt-oss-120b --sessions 16 --prompt 3500 --output 1"
                " --engine max_model_len=4096 --engine max_num_batched_tokens=8192",
     "80GB": "bench synthetic:gpt-oss-120b --sessions 64 --prompt 128 --output 1000 --engine max_model_len=1128 --engine max_num_seqs=64"
-            " --engine max_num_batched_tokens=1024 --engine gpu_memory_utilization=0.53", # of an H200's 150 GB
+            " --engine max_num_batched_tokens=1024 --engine gpu_memory_utilization=0.5", # of an H200's 150 GB
     "ablations": "bench 'synthetic:gpt-oss-120b?layers=4' --sessions 1 --sessions 64 --prompt 128 --output 256 --ablate"
                  " --engine max_model_len=2048",
     "folder": "synth gpt-oss-20b gpt-oss-20b-synthetic",

@@ -321,6 +321,8 @@ def read_message(message:dict, before:list[dict], # the messages so far
     role = message.get("role")
     if role not in ROLES: raise ChatError(f"unknown role {role!r}")
     fields = {k: str(message[k]) for k in ("channel", "recipient", "content_type") if message.get(k) is not None}
+    lost = [k for k in ("tool_calls", "thinking", "reasoning_content", "reasoning") if fields and message.get(k)]
+    if lost: raise ChatError(f"{lost[0]} beside {next(iter(fields))}, expected one or the other")
     if role == "assistant" and not fields: return assistant_messages(message)
     if role == "tool" and not fields: return [tool_message(message, before)]
     body, name = body_of(message), message.get("name")

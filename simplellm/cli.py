@@ -9,15 +9,16 @@ __all__ = ['app', 'Model', 'Reasoning', 'MaxTokens', 'Temperature', 'Seed', 'arg
            'main']
 
 # %% ../nbs/32_cli.ipynb #d8d30d1b
-import json, math, os, shlex, sys
+import json, math, os, shlex, sys, traceback
 from collections.abc import Iterable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal
 import torch, typer
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
-from .async_engine import LLM, open_model
+from .async_engine import LLM, EngineDead, open_model
 from .chat import THOUGHTS
 from .checkpoint import Checkpoint
 from .config import check
@@ -163,7 +164,9 @@ def done_ids(path:Path, # output of an earlier run, need not exist
         if id not in jobs or any(result.get(k) != jobs[id].get(k) for k in ("prompt", "messages")):
             raise ValueError(f"{path}, line {n}: id {id} belongs to other input; choose another output file")
         done.add(id)
-    if not (half.startswith(begin) or begin.startswith(half)): raise ValueError(f"{path}, last line: {foreign}")
+    try: last = json.loads(half); cut = isinstance(last, dict) and {"id", "text"} <= last.keys()
+    except ValueError: cut = half.startswith(begin) or begin.startswith(half)
+    if not cut: raise ValueError(f"{path}, last line: {foreign}")
     if half: os.truncate(path, len(whole))
     return done
 
@@ -184,6 +187,7 @@ def submit(llm:LLM, job:dict, **defaults):
     "Start one job; a parameter beside its prompt overrides the command's"
     options = defaults | {k: v for k, v in job.items() if k not in ("id", "prompt", "messages")}
     try:
+        for k in ("logprobs", "prompt_logprobs"): check(options.get(k) is None, k, options.get(k), "none: results have no log-probabilities")
         if "messages" in job: return llm.chat([job["messages"]], use_tqdm=False, **options)
         options.pop("reasoning_effort", None)
         return llm.generate([job["prompt"]], use_tqdm=False, **options)
@@ -311,6 +315,8 @@ def bench(targets: argument(list[str]|None, "A model, else the shipped one; with
     from simplellm import bench as b
     targets, lines = targets or [], []
     check(owed >= dry and not (owed and targets), "owed", owed, "--dry-run only with --owed, and no model beside it")
+    for file in filter(None, (result, picture)): check(file.parent.is_dir(), "json, plot", str(file), "a file in a folder that exists")
+    check(not picture or find_spec("matplotlib"), "plot", str(picture), "matplotlib to be installed: pip install matplotlib")
     if owed: return b.run_owed(result, picture, dry)
     if compare: lines = b.read_lines(targets)
     else:
@@ -333,5 +339,6 @@ def main():
     "Entry point of `simplellm`"
     try: app()
     except (ValueError, OSError, RuntimeError, MemoryError) as e:
+        if isinstance(e, EngineDead) and e.__cause__: traceback.print_exception(e.__cause__)
         note(f"error: {e or type(e).__name__}")
         sys.exit(1)

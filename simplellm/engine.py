@@ -183,6 +183,9 @@ def make_runner(model, config:EngineConfig, blocks:int, longest:int, dtype # fro
 class Engine:
     "The synchronous core: jobs in, one step at a time, results out"
     def __init__(self, model, config:EngineConfig=EngineConfig(), tokenizer=None): # a Transformer; a Tokenizer, or None
+        check(config.tensor_parallel_size == 1, "tensor_parallel_size", config.tensor_parallel_size, "1")
+        told = not config.batch_invariant or model.ops.options.get("batch_invariant", False)
+        check(told, "batch_invariant", True, "a model that was loaded with batch_invariant=True")
         blocks, longest, dtype = plan_cache(model, config)
         pool = BlockPool(blocks, config.block_size, config.enable_prefix_caching)
         self.model, self.config, self.tokenizer, self.max_model_len = model, config, tokenizer, longest

@@ -151,10 +151,12 @@ def check_memory(c:ModelConfig, e:EngineConfig, memory:float, taken:int=0 # as i
     if e.num_blocks is None and concurrency(c, e, memory, longest, taken): return
     need = dict(parts, cache=block_bytes(c, e) * (e.num_blocks or blocks_for(longest, e.block_size)))
     if sum(need.values()) + taken <= memory * e.gpu_memory_utilization: return
-    gb = lambda n: f"{n / 1e9:,.2f} GB"
-    raise ValueError(f"the model does not fit: {' + '.join(f'{gb(v)} {k}' for k, v in need.items())} for {longest:,} tokens = {gb(sum(need.values()))}, "
+    gb, room = lambda n: f"{n / 1e9:,.2f} GB", parts["cache"] // block_bytes(c, e)
+    what = f"{e.num_blocks:,} blocks" if e.num_blocks else f"{longest:,} tokens"
+    ways = [f"num_blocks={room}"] if e.num_blocks and room > 0 else advice(c, replace(e, num_blocks=None), memory, taken)
+    raise ValueError(f"the model does not fit: {' + '.join(f'{gb(v)} {k}' for k, v in need.items())} for {what} = {gb(sum(need.values()))}, "
                      f"but gpu_memory_utilization={e.gpu_memory_utilization} of {gb(memory)}, {gb(taken)} of them taken, is "
-                     f"{gb(memory * e.gpu_memory_utilization - taken)}; enough would be {'; or '.join(advice(c, e, memory, taken))}")
+                     f"{gb(memory * e.gpu_memory_utilization - taken)}; enough would be {'; or '.join(ways)}")
 
 # %% ../nbs/26_memory.ipynb #38bf6db4
 def gpu_memory(device="cuda")->tuple[int, int]: # bytes free, bytes in all
@@ -303,6 +305,8 @@ def plan_cache(model, # a Transformer
     room = measure_blocks(model, e, longest, dtype, each) # also where it was asked for: kernels are compiled on the way
     blocks = e.num_blocks or min(room, e.max_num_seqs * blocks_for(longest, size))
     least = 1 if e.num_blocks or e.max_model_len is None else blocks_for(longest, size)
-    check(blocks >= least, "gpu_memory_utilization", e.gpu_memory_utilization,
-          f"memory for {least} blocks of {size} tokens ({each * least / 1e9:,.2f} GB), there is room for {max(blocks, 0)}")
+    cuda = model.device.type == "cuda"
+    check(blocks >= least, *(("gpu_memory_utilization", e.gpu_memory_utilization) if cuda else ("max_model_len", longest)),
+          f"memory for {least} blocks of {size} tokens ({each * least / 1e9:,.2f} GB), there is room for {max(blocks, 0)}"
+          + ("" if cuda else f"; num_blocks={least} asks for more"))
     return blocks, longest if e.max_model_len else min(longest, blocks * size), dtype

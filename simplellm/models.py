@@ -273,6 +273,7 @@ def read_windows(d:dict, first:int|str|None=None, # as in `ruled_layers`
     on, given = d.get("use_sliding_window", True) if switched else True, d.get("layer_types")
     expect(type(on) is bool, f"use_sliding_window {on!r}, expected true or false")
     window = d.get("sliding_window") if on else None
+    expect(window is None or type(window) is int and window > 0, f"sliding_window {window!r}, expected a positive integer")
     listed = isinstance(first, str) and given is not None
     kinds = given if listed else ruled_layers(d, first, window)
     expect(given in (None, kinds), f"layer_types {given!r}, expected none, as all layers of this family are alike")

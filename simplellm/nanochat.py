@@ -175,7 +175,9 @@ class NanoChat(Checkpoint):
         require(file, self.path, "expected a folder with model_000000.pt as nanochat writes it")
         self.config = config_json(meta_of(file))
         self.tokenizer = self.read_tokenizer()
-        tensors, c = read_tensors(file), read_config(self)
+        try: c = read_config(self)
+        except CheckpointError as e: raise CheckpointError(f"{meta_of(file).name}, read as {e}") from None
+        tensors = read_tensors(file)
         self.tensors = {row.theirs: pick(tensors, row, file) for row in tensor_table(c)}
         check_rest(tensors, file)
         self.entries = {k: Entry(file, x.dtype, tuple(x.shape), 0, x.nbytes) for k, x in self.tensors.items()}

@@ -67,7 +67,7 @@ def plan(model=None, # as in `config_files`, also synthetic:...; None = the ship
     needs = {k: (gb(v), KNOWN[k]) for k, v in budget(c, e, memory).items()}
     fit = {f"{n:,} tokens each": f"{concurrency(c, e, memory, n):,}" for n in lengths}
     fast = speeds(c, batches, context, bandwidth, cache_dtype(c, e).itemsize)
-    tables = {"Weights": parts, "KV cache": cache, f"{e.gpu_memory_utilization:.0%} of {memory / 1e9:g} GB": needs, "Requests at once": fit,
+    tables = {"Weights": parts, "KV cache": cache, f"{e.gpu_memory_utilization:.0%} of {memory / 1e9:g} GB": needs, "Requests that the cache holds": fit,
               f"Floor of a decode step at context {context:g}, {bandwidth / 1e12:g} TB/s (computed)": fast}
     if concurrency(c, e, memory, longest): return tables
     return tables | {f"{longest:,} tokens do not fit; enough would be": {"or "*bool(i) + s: "" for i, s in enumerate(advice(c, e, memory))}}

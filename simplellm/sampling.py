@@ -60,9 +60,9 @@ class SamplingParams:
         return not (self.penalized or self.logit_bias or self.allowed_token_ids or self.bad_words or self.min_tokens)
 
 # %% ../nbs/09_sampling.ipynb #4532a2f5
-_INF = math.inf
-_RANGES = dict(n=(Integral, 1, 16384), temperature=(Real, 0, _INF), top_p=(Real, 0, 1), top_k=(Integral, -1, 2**63 - 1),
-               min_p=(Real, 0, 1), repetition_penalty=(Real, 0, _INF), presence_penalty=(Real, -2, 2),
+_INF, _LARGE, _SMALL = math.inf, 3.4e38, 1.2e-38 # the device computes with float32
+_RANGES = dict(n=(Integral, 1, 16384), temperature=(Real, 0, _LARGE), top_p=(Real, 0, 1), top_k=(Integral, -1, 2**63 - 1),
+               min_p=(Real, 0, 1), repetition_penalty=(Real, 0, _LARGE), presence_penalty=(Real, -2, 2),
                frequency_penalty=(Real, -2, 2), seed=(Integral, -2**63, 2**63 - 1), max_tokens=(Integral, 1, _INF),
                min_tokens=(Integral, 0, _INF), logprobs=(Integral, -1, _INF), prompt_logprobs=(Integral, -1, _INF))
 _OPTIONAL = "seed", "max_tokens", "logprobs", "prompt_logprobs"
@@ -74,8 +74,8 @@ def check_number(name:str, # the parameter
                 )->None:
     "Refuse a number of the wrong type or outside of its range"
     kind, low, high = _RANGES[name]
-    ok = isinstance(value, kind) and not isinstance(value, bool) and low <= value <= high and abs(value) < _INF
-    ok = ok and not (name in _POSITIVE and value <= 0) or value is None and name in _OPTIONAL
+    ok = isinstance(value, kind) and not isinstance(value, bool) and low <= value <= high
+    ok = ok and not (name in _POSITIVE and value < _SMALL) or value is None and name in _OPTIONAL
     kind, bracket = "an integer" if kind is Integral else "a number", "(" if name in _POSITIVE else "["
     check(ok, name, value, f"{kind} in {bracket}{low}, {high}{')' if high == _INF else ']'}")
 

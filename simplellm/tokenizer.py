@@ -448,8 +448,9 @@ def read_tiktoken(path:Path, # lines of base64 token and rank
                  )->Vocabulary:
     "A tiktoken file of ranks"
     lines = path.read_bytes().splitlines()
-    try: ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, lines)}
+    try: ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in map(bytes.split, lines)}
     except ValueError as e: raise TokenizerError(f"expected lines of base64 and rank: {e}") from e
+    require(len(ranks) == len(lines), "a token occurs twice")
     require(all(bytes([b]) in ranks for b in range(256)), "some of the 256 bytes have no rank")
     o200k = len(ranks) == 199998
     require(o200k or pattern, f"{len(ranks)} ranks are not o200k_base, so pattern= is needed")

@@ -177,6 +177,8 @@ def test_what_cannot_be_rendered_is_named():
                      (dict(role="user", content=[{"type": "image_url"}]), "image_url"),
                      (dict(role="tool", content="x", tool_call_id="zzz"), "zzz"),
                      (dict(role="assistant", tool_calls=[{}]), "function name"), (dict(role="assistant", thinking=3), "int"),
+                     (dict(role="assistant", channel="commentary", content="I look.", tool_calls=[dict(function=dict(name="f"))]), "tool_calls beside channel"),
+                     (dict(role="assistant", content_type="json", content="{}", thinking="so"), "thinking beside content_type"),
                      (dict(role="user", content=[dict(type="text", text=3)]), "type text without text"), (dict(role="tool", content="x", name=3), "tool")]:
         with pytest.raises(ChatError, match=why): render_harmony([user, bad])
     for tool in ({"type": "function", "function": {}}, {"function": "add"}, "add", None):

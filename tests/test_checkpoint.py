@@ -163,7 +163,7 @@ CONFIG = dict(
     rope_key=(dict(rope_scaling=dict(rope_type="yarn", factor=2.0, original_max_position_embeddings=32, mscale=1.0)), "mscale"),
     rope_list=(dict(rope_scaling=[1]), "rope_scaling"), rope_type_list=(dict(rope_scaling=dict(rope_type=[1])), "rope_type"),
     layer_kind=(dict(layer_types=["sliding_attention", "linear_attention"]), "layer_types"), act=(dict(hidden_act="gelu"), "hidden_act"),
-    layer_count=(dict(layer_types=["full_attention"]), "layer_types"), negative=(dict(sliding_window=-1), "windows"),
+    layer_count=(dict(layer_types=["full_attention"]), "layer_types"), negative=(dict(sliding_window=-1), "sliding_window -1"),
     text=(dict(vocab_size="96"), "vocab_size"), fraction=(dict(head_dim=16.5), "head_dim"), zero=(dict(hidden_size=0), "hidden_size"),
     heads=(dict(num_key_value_heads=3), "num_key_value_heads"), top_k=(dict(num_experts_per_tok=5, experts_per_token=5), "num_experts_per_tok"),
     two_values=(dict(experts_per_token=3), "experts_per_token"), eos=(dict(eos_token_id=96), "eos_token_id"),

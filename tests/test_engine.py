@@ -109,7 +109,7 @@ def test_progress_bar(llm, capsys):
 @pytest.mark.parametrize("prompt, params, error, words", [
     ("", {}, ValueError, "empty"), ([[]], {}, ValueError, "empty"), ([5, 277], {}, ValueError, "277"), ([-1], {}, ValueError, "-1"),
     ([1.5], {}, TypeError, "1.5"), ([True], {}, TypeError, "True"), (7, {}, TypeError, "7"), ([None], {}, TypeError, "None"),
-    ({"text": "a"}, {}, ValueError, "prompt_token_ids"), ("a", dict(temprature=1), TypeError, "temprature"),
+    ({"text": "a"}, {}, ValueError, "prompt_token_ids"), ({"prompt": "a", "cache_salt": "b"}, {}, ValueError, "cache_salt"), ("a", dict(temprature=1), TypeError, "temprature"),
     ("a", dict(temperature=-1), ValueError, "temperature"), ("a", dict(logit_bias={300: 1.0}), ValueError, "logit_bias"),
     ("a", dict(stop_token_ids=[300]), ValueError, "stop_token_ids"), ("a" * 1024, {}, ValueError, "1024"),
     ("a", dict(sampling_params=[SamplingParams()] * 3), ValueError, "sampling_params"),
@@ -119,6 +119,11 @@ def test_refused(llm, prompt, params, error, words):
     with pytest.raises(error, match=words): llm.generate(prompt, **params)
     with pytest.raises(error, match=words): llm.generate(["fine", *(prompt if isinstance(prompt, list) and isinstance(prompt[0], list) else [prompt])], **params)
     assert before[0].outputs[0].finish_reason == "length" # the others never noticed
+
+def test_settings_that_would_do_nothing():
+    for wrong in (dict(batch_invariant=True), dict(tensor_parallel_size=8)):
+        with pytest.raises(ValueError, match=next(iter(wrong))): Engine(MODEL, EngineConfig(**wrong))
+    with pytest.raises(ValueError, match="dtype, device"): LLM(MODEL, dtype="float16")
 
 def test_refused_with_the_numbers():
     with LLM(MODEL, num_blocks=4, block_size=8, max_model_len=100) as llm:
@@ -271,6 +276,7 @@ def test_cancel(llm):
     last = list(stream)[-1]
     assert last.finish_reason == "abort" and [o.finish_reason for o in stream.result().outputs] == ["abort"] * 2
     llm.cancel("none such", stream.id)
+    with pytest.raises(ValueError, match=r"cancel\(\*ids\)"): llm.cancel([stream.id])
 
 def test_a_dropped_stream_is_cancelled(llm):
     for chunk in llm.stream("a", **LONG): break

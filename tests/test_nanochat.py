@@ -125,7 +125,7 @@ def test_other_doors(tmp_path, small):
     assert read_config(Synthetic(folder, device="cpu")) == read_config(NanoChat(folder)) == read_config(open_folder(folder))
     with pytest.raises(CheckpointError, match=r"nanochat's layout, which nanochat.open_folder\(path\) opens"): load_model(folder, device="cpu")
     (folder/"model_000700.pt").write_bytes(b"")
-    assert "256 tokens each" in plan(folder)["Requests at once"]
+    assert "256 tokens each" in plan(folder)["Requests that the cache holds"]
 
 def rendered(talk):
     "nanochat's rendering, told again"
@@ -246,7 +246,8 @@ def test_later_versions(tmp_path, small, name):
 @pytest.mark.parametrize("change, words", [
     (dict(window_pattern="SSSL"), "window_pattern 'SSSL'"), (dict(window_pattern=""), "window_pattern"), (dict(n_expert=4), "n_expert"),
     (dict(n_layer="2"), "n_layer '2'"), (dict(n_layer=0), "n_layer 0"), (dict(n_embd="gone"), "n_embd None"), (dict(n_kv_head=True), "n_kv_head"),
-    (dict(n_head=10**9), "multiple of n_head"), (dict(n_layer=10**9), "num_hidden_layers"), (dict(vocab_size=10**15), "wte"), (dict(sequence_len=-1), "sequence_len")])
+    (dict(n_head=10**9), "multiple of n_head"), (dict(n_layer=10**9), "num_hidden_layers"), (dict(vocab_size=10**15), "wte"), (dict(sequence_len=-1), "sequence_len"),
+    (dict(n_kv_head=3), "^meta_000700.json, read as config.json: field 'num_key_value_heads'")])
 def test_sizes(tmp_path, small, change, words):
     state, sizes = small
     sizes = {k: v for k, v in (sizes | change).items() if v != "gone"}

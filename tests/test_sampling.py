@@ -148,8 +148,8 @@ def test_defaults_are_vllms():
     assert (p.repetition_penalty, p.presence_penalty, p.frequency_penalty, p.ignore_eos) == (1.0, 0.0, 0.0, False)
     assert p.skip_special_tokens and not p.include_stop_str_in_output and p.plain and not p.greedy
 
-WRONG = dict(n=[0, 1.0, 10**9], temperature=[-0.1, math.inf, "1", None], top_p=[0, 1.01], top_k=[-2, 2.5, 2**63], min_p=[-0.1, 1.1],
-             repetition_penalty=[0], presence_penalty=[2.1], frequency_penalty=[-2.1], seed=[2**63, 1.5],
+WRONG = dict(n=[0, 1.0, 10**9], temperature=[-0.1, math.inf, "1", None, 1e39, 10**400], top_p=[0, 1.01, 1e-46], top_k=[-2, 2.5, 2**63], min_p=[-0.1, 1.1],
+             repetition_penalty=[0, 1e-40], presence_penalty=[2.1], frequency_penalty=[-2.1], seed=[2**63, 1.5],
              max_tokens=[0], min_tokens=[-1, 17], stop=["", ["a", ""], 5], stop_token_ids=[[-1], ["a"]],
              bad_words=[[""], "x"],
              logprobs=[-2, True], prompt_logprobs=[1.5], allowed_token_ids=[[], 3], ignore_eos=[1],

@@ -1,5 +1,5 @@
 "Ids equal to those of the `tokenizers` library and of tiktoken, on trained, permuted and full-size vocabularies"
-import json, os, random, time
+import base64, json, os, random, time
 from pathlib import Path
 import pytest
 import simplellm
@@ -178,6 +178,8 @@ def test_shipped_tokenizer():
     theirs, rng = hf.Tokenizer.from_file(str(folder/"tokenizer.json")), random.Random(9)
     assert_same(load_tokenizer(folder), theirs, [random_text(rng) for _ in range(10_000)])
 
+EVERY = b"".join(base64.b64encode(bytes([b])) + b" %d\n" % b for b in range(256))
+
 def test_errors_name_the_file(tmp_path):
     with pytest.raises(TokenizerError, match="expected a tokenizer.json"): load_tokenizer(tmp_path)
     file = tmp_path/"tokenizer.json"
@@ -185,7 +187,7 @@ def test_errors_name_the_file(tmp_path):
         file.write_text(text)
         with pytest.raises(TokenizerError, match="tokenizer.json"): load_tokenizer(tmp_path)
     ranks = tmp_path/"x.tiktoken"
-    for text in [b"!!! 1", b"YQ== x", b"YQ== 1", b"YQ=="]:
+    for text in [b"!!! 1", b"YQ== x", b"YQ== 1", b"YQ==", EVERY + b"Y*W*I= 300", EVERY + b"YQ== 300"]:
         ranks.write_bytes(text)
         with pytest.raises(TokenizerError, match="x.tiktoken"): load_tokenizer(ranks, pattern=GPT2_PATTERN)
 
