@@ -315,8 +315,8 @@ def bench(targets: argument(list[str]|None, "A model, else the shipped one; with
     from simplellm import bench as b
     targets, lines = targets or [], []
     check(owed >= dry and not (owed and targets), "owed", owed, "--dry-run only with --owed, and no model beside it")
-    for file in filter(None, (result, picture)): check(file.parent.is_dir(), "json, plot", str(file), "a file in a folder that exists")
-    check(not picture or find_spec("matplotlib"), "plot", str(picture), "matplotlib to be installed: pip install matplotlib")
+    for file in filter(None, (result, picture)): check(dry or file.parent.is_dir(), "json, plot", str(file), "a file in a folder that exists")
+    check(dry or not picture or find_spec("matplotlib"), "plot", str(picture), "matplotlib to be installed: pip install matplotlib")
     if owed: return b.run_owed(result, picture, dry)
     if compare: lines = b.read_lines(targets)
     else:

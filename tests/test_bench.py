@@ -23,6 +23,8 @@ from simplellm.workloads import SHAPES, due_times, find_shape, make_workload
 PARAMS = SamplingParams(temperature=1, ignore_eos=True)
 AGENTS = find_shape("agent-session", sessions=2, turns=2, output=3)
 
+WEIGHTS = (tiny_path()/"model.safetensors").stat().st_size
+
 @pytest.fixture(scope="module")
 def model(): return load_model(device="cpu")
 
@@ -157,7 +159,7 @@ def test_line_says_what_it_belongs_to(lines):
     assert line["ops"]["attention"] == "simplellm.attention.paged_attention" and line["settings"]["shape"]["turns"] == 2
     assert line["experts"]["rows"] == 2 and 2 <= line["experts"]["experts"] <= 4 and line["bandwidth"] > 0
     f = line["figures"]
-    assert f["ready_s"] > f["load_s"] > 0 and f["load_gb_per_s"] * f["load_s"] == pytest.approx(1.33e-3, rel=.01) # GB of the shipped weights
+    assert f["ready_s"] > f["load_s"] > 0 and f["load_gb_per_s"] * f["load_s"] == pytest.approx(WEIGHTS/1e9, rel=.01)
     assert comparison(lines)["read_bandwidth_gb_per_s"][0] != "-" and [n for n, _ in line["roof"]] == [2**i for i in range(9)]
 
 def test_floor(model, lines):

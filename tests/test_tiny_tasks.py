@@ -25,7 +25,7 @@ def test_the_recipe_of_the_shipped_model():
     "The checkpoint was trained on exactly these samples; whoever changes them has to train again"
     rng = Random(0)
     seen = hashlib.sha256("".join(text(sample(rng)) for _ in range(1000)).encode()).hexdigest()
-    assert seen[:16] == "dee7689b57ab3664"
+    assert seen[:16] == "6bf1e1a8d1d7e5ed"
 
 def test_everything_comes_from_the_generator_passed_in():
     a, b = Random(3), Random(3)
