@@ -211,7 +211,7 @@ def read_prompt(tokenizer, # None = token ids only
                )->tuple[str|None, list[int]]: # its text, its ids
     "One prompt as token ids; special tokens written in it are special, those of its tokenizer go around it"
     if isinstance(prompt, dict):
-        check(prompt.keys() <= {"prompt", "prompt_token_ids"}, "prompt", sorted(prompt), "nothing but `prompt` or `prompt_token_ids`")
+        check(prompt.keys() <= {"prompt", "prompt_token_ids"}, "prompt", list(prompt), "nothing but `prompt` or `prompt_token_ids`")
         found = prompt.get("prompt_token_ids", prompt.get("prompt"))
         if found is None: raise ValueError(f"prompt: expected `prompt` or `prompt_token_ids` in {prompt!r}")
         prompt = found
