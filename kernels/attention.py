@@ -170,7 +170,7 @@ def paged_attention(q:torch.Tensor, # [T, heads, D] queries of all new tokens, r
     return (out, lse) if return_lse else out
 
 # %% ../nbs/14_attention_kernel.ipynb #89ed251c
-_SHAPES = {"gpt-oss": (64, 8, 64), "Llama": (32, 8, 64), "Qwen3": (32, 4, 128), "tiny": (4, 2, 32)} # heads, kv_heads, head_dim
+_SHAPES = {"gpt-oss": (64, 8, 64), "Llama": (32, 8, 64), "Qwen3": (32, 4, 128), "tiny": (6, 2, 32)} # heads, kv_heads, head_dim
 
 def _case(model, what, max_q=1, dtype="bf16", block_size=16, sinks=False, targets=("sm_90a",), **fixed):
     "One representative compilation; made for Hopper alone, as it is launched there: with PDL"

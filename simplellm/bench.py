@@ -532,7 +532,7 @@ def attend(model:Transformer, batch:Batch, kv:KVCache)->Callable:
     c, sinks = model.config, model.layers[0][0].sinks
     q = torch.randn(len(batch), c.num_heads, c.head_dim, device=model.device).to(model.dtype)
     where = batch.block_tables, batch.seq_lens, batch.cu_seqlens_q, batch.max_q, batch.max_k
-    return lambda: model.ops.attention(q, *kv.layer(0), *where, c.head_dim ** -0.5, None, sinks, memo={})
+    return lambda: model.ops.attention(q, *kv.layers[0], *where, c.head_dim ** -0.5, None, sinks, memo={})
 
 def micro_cases(model:Transformer, longest:int # sequence, in tokens
                )->Iterator[tuple[str, int, Callable]]: # label, tokens, what to time

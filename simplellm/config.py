@@ -72,8 +72,8 @@ class RopeConfig:
     beta_slow:float=1.0 # yarn: turns below which it is divided by `factor`
     truncate:bool=True # yarn: round the two borders to whole dimensions (gpt-oss does not)
     attention_factor:float|None=None # yarn: scale of cos and sin; None = 0.1*ln(factor)+1
-    low_freq_factor:float=1.0 # llama3: the same two borders, as wavelengths
-    high_freq_factor:float=4.0 # llama3
+    low_freq_factor:float=1.0 # llama3: turns below which a frequency is divided by `factor`
+    high_freq_factor:float=4.0 # llama3: turns above which it is left alone
     reverse:bool=False # turn the other way round (nanochat does)
 
     def __post_init__(self):

@@ -252,7 +252,8 @@ def make_job(engine:Engine,
     ids, scores = check_prompt(ids, vocab), None if params.prompt_logprobs is None else [None]
     for name, text in dict(stop=params.stop, bad_words=params.bad_words).items():
         check(not text or tokenizer is not None, name, text, "nothing, since there is no tokenizer")
-    eos = engine.model.config.eos_token_ids + (chat_ends(tokenizer) if chat else ())
+    ends = engine.model.config.eos_token_ids + (chat_ends(tokenizer) if chat else ())
+    eos = tuple(t for t in ends if t < vocab) # a tokenizer may have more
     bad = bad_word_ids(params.bad_words, tokenizer.encode) if params.bad_words else ()
     job = Job(RequestOutput(str(next(engine.numbers)), prompt, ids, [], scores), stream)
     seed = engine.luck.getrandbits(62) if params.seed is None else params.seed

@@ -9,7 +9,7 @@ __all__ = ['KNOWN', 'distinct_experts', 'step_bytes', 'ceiling', 'speeds', 'plan
 from .config import EngineConfig, ModelConfig, check
 from .memory import advice, block_bytes, budget, cache_dtype, concurrency, held_bytes, weight_bytes
 from .models import read_config, tiny_path
-from .synthetic import open_synthetic
+from .synthetic import Synthetic, open_synthetic
 
 # %% ../nbs/31_plan.ipynb #8965483b
 def distinct_experts(c:ModelConfig, batch:int # tokens in the step
@@ -56,7 +56,8 @@ def plan(model=None, # as in `config_files`, also synthetic:...; None = the ship
          **settings # fields of EngineConfig
         )->dict[str, dict]: # title -> name -> value
     "What a model needs and can reach, from its config.json alone"
-    c, e = read_config(open_synthetic(str(model or tiny_path()), "cpu")), EngineConfig(**settings)
+    source = Synthetic(model, device="cpu") if isinstance(model, dict) else open_synthetic(str(model or tiny_path()), "cpu")
+    c, e = read_config(source), EngineConfig(**settings)
     longest, gb = e.max_model_len or c.max_position, lambda n: f"{n / 1e9:,.2f} GB"
     check(longest <= c.max_position, "max_model_len", longest, f"at most max_position={c.max_position}")
     lengths = sorted(set(lengths) or {n for n in (1128, 4096, 16384) if n < longest} | {longest})

@@ -120,6 +120,7 @@ def check_vocab(p:SamplingParams,
     for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
         ids = list(getattr(p, name) or ())
         check(max(ids, default=0) < vocab_size, name, ids, f"token ids below the vocabulary's size {vocab_size}")
+    check(max(map(max, bad_words), default=0) < vocab_size, "bad_words", p.bad_words, f"words made of the model's {vocab_size} tokens")
     allowed = set(p.allowed_token_ids or ())
     banned = {ids[-1] for ids in bad_words if allowed.issuperset(ids)} | (set(stop_ids) if p.min_tokens else set())
     check(not allowed or allowed - banned, "allowed_token_ids", p.allowed_token_ids,

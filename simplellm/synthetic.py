@@ -74,6 +74,7 @@ def first_layers(d:dict, # the object in config.json
     if layers is None: return d
     check(type(layers) is int and 1 <= layers <= most, "layers", layers, f"1 to num_hidden_layers={most}")
     kinds = dict(layer_types=d["layer_types"][:layers]) if d.get("layer_types") else {}
+    if d.get("mlp_only_layers"): kinds["mlp_only_layers"] = [i for i in d["mlp_only_layers"] if i < layers]
     return d | kinds | dict(num_hidden_layers=layers)
 
 # %% ../nbs/22_synthetic.ipynb #60ff22ec

@@ -9,11 +9,10 @@ __all__ = ['Transformer', 'new_cache']
 import torch
 from torch import Tensor
 from collections.abc import Callable
-from functools import partial
 from .config import ModelConfig
 from .rope import rope_table
 from .ops import Ops, choose_ops
-from .kvcache import KVCache, make_cache
+from .kvcache import KVCache
 from .batch import Batch
 from . import parallel
 from .parallel import Shard
@@ -32,7 +31,7 @@ class Transformer:
         self.config, self.shard, self.table = config, shard, weights["embed"]
         self.device, self.dtype = self.table.device, self.table.dtype
         self.ops = ops or choose_ops(self.device, self.dtype)
-        self.sum = all_reduce or (partial(parallel.all_reduce, size=shard.size) if shard.size > 1 else None)
+        self.sum = all_reduce or (parallel.all_reduce if shard.size > 1 else None)
         self.share = shard.rank * len(self.table), self.sum if len(self.table) < config.vocab_size else None # its first word, and how ranks add up
         if self.device.type == "cpu" and (self.ops.linear, self.ops.moe) == (Ops.linear, Ops.moe): lay_out(weights) # kernels want rows
         kinds = [(AttentionWeights, MoeWeights if config.has_experts(i) else MlpWeights) for i in range(config.num_layers)]
@@ -57,7 +56,7 @@ class Transformer:
         x = embed(batch.token_ids, self.table, *self.share)
         if self.config.embed_norm: x = norm(x, None, eps)
         for i, (a, m) in enumerate(self.layers):
-            x, more = attention_layer(x, more, a, batch, *kv.layer(i), self.rope, self.config.windows[i], self.ops, eps, self.sum)
+            x, more = attention_layer(x, more, a, batch, *kv.layers[i], self.rope, self.config.windows[i], self.ops, eps, self.sum)
             x, more = self.think(x, more, m, batch.active)
         return norm((x if more is None else x + more)[batch.logits_rows], self.final_norm, eps)
 
@@ -80,6 +79,7 @@ def new_cache(model:Transformer, # also a method of it
               dtype=None # of keys and values; None = the weights'
              )->KVCache:
     "An empty cache that fits a model"
-    return make_cache(model.config, num_blocks, block_size, dtype or model.dtype, model.device, model.kv_heads)
+    c = model.config
+    return KVCache(c.num_layers, num_blocks, block_size, model.kv_heads, c.head_dim, dtype or model.dtype, model.device)
 
 Transformer.new_cache = new_cache

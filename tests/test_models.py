@@ -162,7 +162,7 @@ import sys, torch, torch.distributed as dist
 from simplellm.parallel import all_reduce
 rank = int(sys.argv[1])
 dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=2)
-assert all_reduce(torch.arange(3.) + rank, 2).tolist() == [1., 3., 5.]
+assert all_reduce(torch.arange(3.) + rank).tolist() == [1., 3., 5.]
 dist.destroy_process_group()
 """
 

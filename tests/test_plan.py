@@ -11,7 +11,7 @@ from simplellm.mxfp4 import MXFP4
 from simplellm.memory import (LAYER, budget, cache_blocks, check_memory, concurrency, fixed_bytes, flags_that_fit, gpu_memory, graph_bytes,
                               held_bytes, measure_step, refuse_too_large, rehearsals, smallest_memory, spread, weight_bytes)
 from simplellm.plan import ceiling, distinct_experts, plan, step_bytes
-from simplellm.synthetic import Synthetic, write_checkpoint
+from simplellm.synthetic import CONFIGS, Synthetic, write_checkpoint
 
 def config_of(name): return read_config(Synthetic(name, device="cpu"))
 
@@ -52,6 +52,9 @@ def test_dense_parts():
     for name, gb in ("gpt-oss-120b", 3.10), ("gpt-oss-20b", 2.44): assert weight_bytes(config_of(name))["dense"] / 1e9 == pytest.approx(gb, abs=.005)
     c = config_of("gpt-oss-120b")
     assert weight_bytes(c)["experts"] / 36 / 128 == pytest.approx(13.24e6, rel=1e-3)
+
+def test_a_configuration_as_a_dict():
+    assert plan(CONFIGS["gpt-oss-20b"])["Weights"] == plan("gpt-oss-20b")["Weights"]
 
 def test_cache_is_the_engines():
     "As many bytes as the cache that a model makes"

@@ -72,6 +72,10 @@ def test_dense_experts(config):
     assert source.shape("model.layers.0.mlp.experts.gate_up_proj") == (8, 64, 192)
     assert abs(math.log2(source.get("model.layers.0.mlp.experts.gate_up_proj").float().std() * 64**.5)) < .6
 
+def test_fewer_layers_have_fewer_dense_ones():
+    d = dict(num_hidden_layers=4, layer_types=list("abcd"), mlp_only_layers=[1, 3])
+    assert first_layers(d, 2) == dict(num_hidden_layers=2, layer_types=["a", "b"], mlp_only_layers=[1])
+
 def test_transformers_gives_our_logits(folder):
     transformers = pytest.importorskip("transformers")
     judge = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
