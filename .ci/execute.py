@@ -25,7 +25,7 @@ def execute(path, flags, timeout):
     "Run one notebook in its own folder with a fresh kernel, and write it back only if every cell passed"
     nb = nbformat.read(path, 4)
     if nb.cells[0].cell_type == "raw" and "skip_exec: true" in nb.cells[0].source: return "skip_exec"
-    client = SkippingClient(nb, timeout=timeout, kernel_name="python3", record_timing=False,
+    client = SkippingClient(nb, timeout=timeout, kernel_name="python3", record_timing=False, coalesce_streams=True,
                             resources={"metadata": {"path": str(path.parent)}})
     client.skip_flags, start = flags, time.time()
     client.execute()

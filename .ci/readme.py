@@ -16,7 +16,7 @@ def output_text(out):
 
 def markdown(cell):
     "One notebook cell as Markdown"
-    if cell.cell_type == "markdown": return cell.source
+    if cell.cell_type == "markdown": return cell.source.replace("```{mermaid}", "```mermaid") # as GitHub wants it
     if cell.cell_type != "code": return ""
     directives = extract_directives(cell)
     if "hide" in directives or "default_exp" in directives: return ""

@@ -106,7 +106,7 @@ def tile_sizes(D:int, # head_dim
                G:int, # query heads per key head
                max_q:int, # most new tokens of a row
                exact:bool # compute in float32?
-              )->dict: # of `_attend`
+              )->dict: # of _attend
     "Tokens and heads in a tile, keys in a block, and how many warps share the work"
     BG = triton.next_power_of_2(G)
     BM = max(min(BG * triton.next_power_of_2(max_q), 32 if exact else 128), BG, 16)

@@ -140,7 +140,7 @@ def dot_type(x:torch.Tensor)->tl.dtype:
     "What numbers like x are multiplied as; the interpreter's bfloat16 products are wrong"
     return tl.float32 if x.dtype == torch.bfloat16 and not x.is_cuda else getattr(tl, str(x.dtype)[6:])
 
-def launch(x, weight, bias, y, pdl, norm=None, residual=None): # (squares, weight, eps) of `norm_linear`
+def launch(x, weight, bias, y, pdl, norm=None, residual=None): # (squares, weight, eps) of norm_linear
     "Write the product into y; with a residual add it, and return what every tile's squares sum to"
     (T, K), N, sizes, (splits, per) = x.shape, len(weight), tile_sizes(len(x), len(weight)), count_splits(*weight.shape)
     grid = triton.cdiv(N, sizes["BN"]), splits, triton.cdiv(T, sizes["BT"])
@@ -158,14 +158,14 @@ def linear_add(h:torch.Tensor, # [T, K]
                weight:torch.Tensor, bias:torch.Tensor|None, # [N, K], [N]
                x:torch.Tensor, # [T, N] residual stream
                pdl:bool=False # start before the previous kernel ends; Hopper and newer
-              )->torch.Tensor|None: # [T, N] with `squares` [T, tiles], or None: nothing was done
+              )->torch.Tensor|None: # [T, N] with squares [T, tiles], or None: nothing was done
     "x + linear(h), and how large its tokens are, in one launch"
     if not fits(h, weight, FUSED) or not h.numel() or h.stride(1) != 1: return None
     y, x = torch.empty_like(x, memory_format=torch.contiguous_format), x.contiguous()
     y.squares = launch(h, weight, bias, y, pdl, residual=x)
     return y
 
-def norm_linear(x:torch.Tensor, # [T, K] from `linear_add`, or another
+def norm_linear(x:torch.Tensor, # [T, K] from linear_add, or another
                 norm_weight:torch.Tensor|None, # [K]; None = ones
                 eps:float, # of the norm
                 weight:torch.Tensor, bias:torch.Tensor|None, # [N, K], [N]

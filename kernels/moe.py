@@ -136,12 +136,12 @@ def _norm_route(x, squares, gain, h, w, bias, parts, active, weights, ids, arriv
         v = tl.where(e < E, v.to(h.dtype.element_ty).to(tl.float32), -float("inf"))
         _choose(v, row.to(tl.int64), active, weights, ids, T, E, NORMALIZE, K, BT, BE, BK)
 
-def norm_route(x:torch.Tensor, # [T, H] from `linear_add`, or another
+def norm_route(x:torch.Tensor, # [T, H] from linear_add, or another
                norm_weight:torch.Tensor|None, # [H]; None = ones
                eps:float, # of the norm
                weight:torch.Tensor, bias:torch.Tensor|None, # [E, H], [E] of the router
                top_k:int, # experts per token
-               normalize:bool=True, active:torch.Tensor|None=None, # as for `route`
+               normalize:bool=True, active:torch.Tensor|None=None, # as for route
                pdl:bool=False # start before the previous kernel ends; Hopper and newer
               )->tuple|None: # h [T, H], weights and ids [T, top_k]; or None: nothing was done
     "h = rms_norm(x) and route(linear(h)) in one launch, where the squares of x are known"
@@ -265,7 +265,7 @@ def tile_sizes(A:int, # assignments
     return dict(zip(("BN", "BT", "num_warps", "num_stages"), sizes), BK=BK)
 
 # %% ../nbs/13_moe_kernel.ipynb #8735bad3
-def activation_kind(activation:Callable # `swiglu` or `clamped_swiglu`, perhaps with keywords bound by `partial`
+def activation_kind(activation:Callable # swiglu or clamped_swiglu, perhaps with keywords bound by partial
                    )->tuple[str, float, float]: # name, alpha, limit
     "What the kernels have to know of an activation"
     f, given = (activation.func, activation.keywords) if isinstance(activation, partial) else (activation, {})
@@ -303,7 +303,7 @@ def product(x, w, bias, out, weights, ids, groups, y, residual, div, act, most, 
 
 # %% ../nbs/13_moe_kernel.ipynb #955ed0c5
 def moe(x:torch.Tensor, # [T, H]
-        weights:torch.Tensor, # [T, k] float32, from `route`
+        weights:torch.Tensor, # [T, k] float32, from route
         ids:torch.Tensor, # [T, k], -1 = padding
         gate_up:torch.Tensor|Prepared, # [E, 2I, H]
         gate_up_bias:torch.Tensor|None, # [E, 2I]
@@ -312,7 +312,7 @@ def moe(x:torch.Tensor, # [T, H]
         activation:Callable, # swiglu or clamped_swiglu
         batch_invariant:bool=False, # the same bits whoever else is in the batch?
         pdl:bool=False, # start before the previous kernel ends; Hopper and newer
-        residual:torch.Tensor|None=None # [T, H] to be added, for few tokens; from `moe_add`
+        residual:torch.Tensor|None=None # [T, H] to be added, for few tokens; from moe_add
        )->torch.Tensor: # [T, H], zeros for padding
     "`simplellm.moe.moe` without asking the CPU which experts were chosen"
     act = activation_kind(activation)
@@ -328,13 +328,13 @@ def moe(x:torch.Tensor, # [T, H]
     return y
 
 # %% ../nbs/13_moe_kernel.ipynb #621b13d3
-def moe_add(h:torch.Tensor, weights:torch.Tensor, ids:torch.Tensor, # [T, H], [T, k], [T, k] as for `moe`
-            gate_up:torch.Tensor|Prepared, gate_up_bias:torch.Tensor|None, # as for `moe`
-            down:torch.Tensor|Prepared, down_bias:torch.Tensor|None, # as for `moe`
-            activation:Callable, # as for `moe`
+def moe_add(h:torch.Tensor, weights:torch.Tensor, ids:torch.Tensor, # [T, H], [T, k], [T, k] as for moe
+            gate_up:torch.Tensor|Prepared, gate_up_bias:torch.Tensor|None, # as for moe
+            down:torch.Tensor|Prepared, down_bias:torch.Tensor|None, # as for moe
+            activation:Callable, # as for moe
             x:torch.Tensor, # [T, H] residual stream
             pdl:bool=False # start before the previous kernel ends; Hopper and newer
-           )->torch.Tensor|None: # [T, H] with `squares` [T, tiles], or None: nothing was done
+           )->torch.Tensor|None: # [T, H] with squares [T, tiles], or None: nothing was done
     "x + moe(h), and how large its tokens are, in the same two launches"
     if not 0 < ids.numel() <= FEW or len(h) > FUSED: return None
     return moe(h, weights, ids, gate_up, gate_up_bias, down, down_bias, activation, pdl=pdl, residual=x.contiguous())

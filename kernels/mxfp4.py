@@ -101,7 +101,7 @@ class Prepared(NamedTuple):
 
 def prepare_expert(blocks:torch.Tensor, # [N, K/32, 16] uint8
                    scales:torch.Tensor, # [N, K/32] uint8
-                   tables:torch.Tensor # from `word_tables`
+                   tables:torch.Tensor # from word_tables
                   )->tuple[torch.Tensor, torch.Tensor]: # words [N/16, K/64, 128], scales [N/16, K/128, 16]
     "Re-order the weights of one expert"
     N, G = scales.shape
@@ -153,7 +153,7 @@ def _decode(words, bytes, FAST: tl.constexpr): # [BN, G, 4] words, [BN, G] scale
 # %% ../nbs/12_mxfp4_kernel.ipynb #1c455e47
 @triton.jit
 def _load_mxfp4(words, scales, chunk, chunks, step, units, BN: tl.constexpr, FAST: tl.constexpr):
-    # chunk [BN/16]: which 16 rows; zeros for those past `chunks`, and past `units` of 64 columns
+    # chunk [BN/16]: which 16 rows; zeros for those past chunks, and past units of 64 columns
     live, second = (chunk < chunks)[:, None], 2 * step + 1 + tl.arange(0, 1)[:, None]  # [BN/16, 1], [1, 1]
     unit = words + (chunk.to(tl.int64) * units + 2 * step)[:, None] * 128 + tl.arange(0, 128)[None, :]
     w = tl.join(tl.load(unit, mask=live, other=0), tl.load(unit + 128, mask=live & (second < units), other=0))

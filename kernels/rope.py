@@ -51,7 +51,7 @@ def heads_per_program(D:int # head_dim
 
 def rope_store(qkv:torch.Tensor, # [T, (heads + 2*kv_heads)*D] fused projection; its queries are changed in place
                positions:torch.Tensor, # [T] position of each token
-               table:torch.Tensor, # [max_position, D] float32, from `rope_table`
+               table:torch.Tensor, # [max_position, D] float32, from rope_table
                k_cache:torch.Tensor, v_cache:torch.Tensor, # [blocks, block_size, kv_heads, D] of one layer, changed in place
                slot_mapping:torch.Tensor, # [T] slot of each token, distinct; -1 = a padding row, not stored
                q_norm:torch.Tensor|None=None, k_norm:torch.Tensor|None=None, # [D] weights of a norm before RoPE, both or none

@@ -17,7 +17,7 @@ from .norm import _in_turn
 
 # %% ../nbs/14_sampling_kernel.ipynb #501335ca
 @triton.jit
-def _scramble(x): # uint32, the hash `lowbias32`
+def _scramble(x): # uint32, the hash lowbias32
     x = (x ^ (x >> 16)) * 0x7FEB352D
     x = (x ^ (x >> 15)) * 0x846CA68B
     return x ^ (x >> 16)

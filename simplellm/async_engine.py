@@ -207,7 +207,7 @@ def list_conversations(messages)->list: # of lists of messages
 
 # %% ../nbs/28_async_engine.ipynb #bee9e9ff
 def read_prompt(tokenizer, # None = token ids only
-                prompt # a text, token ids, or vLLM's dict with `prompt` or `prompt_token_ids`
+                prompt # a text, token ids, or vLLM's dict with prompt or prompt_token_ids
                )->tuple[str|None, list[int]]: # its text, its ids
     "One prompt as token ids; special tokens written in it are special, those of its tokenizer go around it"
     if isinstance(prompt, dict):
@@ -224,7 +224,7 @@ def read_prompt(tokenizer, # None = token ids only
 # %% ../nbs/28_async_engine.ipynb #f9835f2b
 def chat_options(harmony:bool, tools:list[dict]|None=None, reasoning_effort:str|None=None, date:str|None=None,
                  chat_template_kwargs:dict|None=None # variables of a template
-                )->dict: # for `encode_chat`
+                )->dict: # for encode_chat
     "What the format of a chat is told: only what was given"
     name, more, taken = "chat_template_kwargs", chat_template_kwargs or {}, {"tokenizer", "messages", "tools", "template"}
     check(not (harmony and more), name, more, "none: harmony knows only reasoning_effort and date")
@@ -235,8 +235,8 @@ def chat_options(harmony:bool, tools:list[dict]|None=None, reasoning_effort:str|
 
 # %% ../nbs/28_async_engine.ipynb #c87df57e
 def read_chat(llm, messages:list[dict],
-              options:dict # of `chat_options`
-             )->tuple[str, list[int]]: # as `read_prompt`
+              options:dict # of chat_options
+             )->tuple[str, list[int]]: # as read_prompt
     "One conversation as token ids"
     if llm.tokenizer is None: raise ValueError("messages: a chat needs a tokenizer")
     harmony = llm.template is None and is_harmony(llm.tokenizer)
@@ -291,7 +291,7 @@ def find_template(tokenizer, source:Checkpoint|None)->Template|None: # None = ha
 # %% ../nbs/28_async_engine.ipynb #85c76c23
 def make_jobs(llm, # an LLM
               prompts:list, # of prompts, or of conversations
-              given, changes:dict, # sampling parameters, as in `list_params`
+              given, changes:dict, # sampling parameters, as in list_params
               chat:dict|None=None, # options of the chat format; None = these are raw prompts
               stream:bool=False # tell about every token?
              )->list[Job]:
@@ -323,18 +323,18 @@ class Asking:
 
     def chat(self,
              messages:list, # a conversation in OpenAI's format, or a list of them
-             sampling_params=None, # as in `generate`
+             sampling_params=None, # as in generate
              *, tools:list[dict]|None=None, # functions that the model may call, in OpenAI's format
              reasoning_effort:str|None=None, # low, medium or high; None = medium, or what a template thinks
              date:str|None=None, # ISO date for harmony's system message; None leaves it out, where OpenAI's template writes today's
              chat_template_kwargs:dict|None=None, # variables of the checkpoint's template; none in harmony
-             use_tqdm:bool|None=None, **params)->Generation: # as in `generate`
+             use_tqdm:bool|None=None, **params)->Generation: # as in generate
         "Answer conversations"
         options = dict(tools=tools, reasoning_effort=reasoning_effort, date=date, chat_template_kwargs=chat_template_kwargs)
         return Generation(self, make_jobs(self, list_conversations(messages), sampling_params, params, options), use_tqdm)
 
     def chat_stream(self, messages:list[dict], sampling_params=None, *, tools=None, reasoning_effort=None, date=None,
-                    chat_template_kwargs=None, timeout:float|None=None, **params)->Stream: # as in `chat` and `stream`
+                    chat_template_kwargs=None, timeout:float|None=None, **params)->Stream: # as in chat and stream
         "Answer one conversation, piece by piece"
         options = dict(tools=tools, reasoning_effort=reasoning_effort, date=date, chat_template_kwargs=chat_template_kwargs)
         return Stream(self, *make_jobs(self, [messages], sampling_params, params, options, stream=True), timeout)

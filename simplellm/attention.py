@@ -63,7 +63,7 @@ def store_kv(k:Tensor, # [T, kv_heads, D] keys of the step's tokens
 # %% ../nbs/07_attention.ipynb #90f39df2
 def rope_store(qkv:Tensor, # [T, (heads + 2*kv_heads)*D] fused projection
                positions:Tensor, # [T] position of each token
-               table:Tensor, # [max_position, D] from `rope_table`
+               table:Tensor, # [max_position, D] from rope_table
                k_cache:Tensor, v_cache:Tensor, # [blocks, block_size, kv_heads, D] one layer's cache, changed in place
                slot_mapping:Tensor, # [T] int64 slot of each token
                q_norm:Tensor|None=None, k_norm:Tensor|None=None, # [D] weights of a norm before RoPE, both or none
@@ -101,7 +101,7 @@ def head_rows(slots:Tensor, # [R, L] slots to read
     return (slots[:, None] * kv_heads + torch.arange(kv_heads, device=slots.device)[:, None]).flatten(0, 1)
 
 def gather_rows(cache:Tensor, # [blocks, block_size, kv_heads, D] one layer's cache
-                rows:Tensor # [R*kv_heads, L] from `head_rows`
+                rows:Tensor # [R*kv_heads, L] from head_rows
                )->Tensor: # [R*kv_heads, L, D] float32
     "Read out of a paged cache"
     return F.embedding(rows, cache.view(-1, cache.shape[3])).float()
@@ -115,7 +115,7 @@ def shares(scores:Tensor, # [B, n, L]
 
 def attend_keys(q:Tensor, # [B, n, D]
                 k_cache:Tensor, v_cache:Tensor, # [blocks, block_size, kv_heads, D]
-                keys:tuple[Tensor,Tensor], # rows for `gather_rows` [B, L]; 0 where seen, -inf where not [B or 1, n or 1, L]
+                keys:tuple[Tensor,Tensor], # rows for gather_rows [B, L]; 0 where seen, -inf where not [B or 1, n or 1, L]
                 scale:float, # multiplies the scores
                 sink:Tensor|None=None, # [B, n, 1]
                 return_lse:bool=False # also the log-sum-exp?
@@ -129,8 +129,8 @@ def attend_keys(q:Tensor, # [B, n, D]
 # %% ../nbs/07_attention.ipynb #d9670146
 def last_keys(memo:dict, # filled by the first layer of a step that asks
               window:int|None, # keys a query sees, itself included
-              *where # block_tables, seq_lens, max_k, k_cache of `attend_last`
-             )->tuple[Tensor,Tensor]: # [R*kv_heads, L] and [R*kv_heads, 1, L], for `attend_keys`
+              *where # block_tables, seq_lens, max_k, k_cache of attend_last
+             )->tuple[Tensor,Tensor]: # [R*kv_heads, L] and [R*kv_heads, 1, L], for attend_keys
     "Where the keys of each row's last token lie; a short row lacks some"
     block_tables, seq_lens, max_k, cache = where
     _, block_size, kv_heads, _ = cache.shape
@@ -165,8 +165,8 @@ def attend_last(q:Tensor, # [R, heads, D], one new token per row
 def chunk_keys(memo:dict, # filled by the first layer of a step that asks
                window:int|None, # keys a query sees, itself included
                n:int, group:int, # new tokens; query heads per key head
-               block_tables:Tensor, seq_lens:Tensor, max_k:int, cache:Tensor # as in `attend_chunk`
-              )->tuple[Tensor,Tensor]: # [kv_heads, L] and [1, n*group, L], for `attend_keys`
+               block_tables:Tensor, seq_lens:Tensor, max_k:int, cache:Tensor # as in attend_chunk
+              )->tuple[Tensor,Tensor]: # [kv_heads, L] and [1, n*group, L], for attend_keys
     "Where the keys of a row's newest tokens lie, and which each of them may look at"
     _, block_size, kv_heads, _ = cache.shape
     key = window, n, group, block_size, kv_heads
@@ -182,7 +182,7 @@ def attend_chunk(q:Tensor, # [n, heads, D] new tokens of one row
                  block_tables:Tensor, # [1, M] int32
                  seq_lens:Tensor, # [1] int32 tokens in the row, the new ones included
                  max_k:int, # the same as a number
-                 scale:float, window:int|None=None, sinks:Tensor|None=None, return_lse:bool=False, memo:dict|None=None # as in `attend_last`
+                 scale:float, window:int|None=None, sinks:Tensor|None=None, return_lse:bool=False, memo:dict|None=None # as in attend_last
                 )->tuple[Tensor,Tensor|None]: # [n, heads, D] and lse [n, heads], float32
     "Attention of one row with several new tokens"
     n, kv_heads = q.shape[0], k_cache.shape[2]
@@ -203,7 +203,7 @@ def row_groups(cu_seqlens_q:Tensor # [R+1] int32 where each row's new tokens beg
     return ([(ones, 1)] if ones else []) + [([r], n) for r, n in enumerate(counts) if n > 1]
 
 # %% ../nbs/07_attention.ipynb #b63aec04
-def cut_groups(block_tables:Tensor, seq_lens:Tensor, cu_seqlens_q:Tensor # as in `attend_mixed`
+def cut_groups(block_tables:Tensor, seq_lens:Tensor, cu_seqlens_q:Tensor # as in attend_mixed
               )->list[tuple]: # function, tokens, its arguments (block tables, lengths, longest), a memo of the group's own
     "How to attend to each group"
     groups = []

@@ -39,8 +39,8 @@ from .transformer import Transformer
 from .workloads import Shape, due_times, find_shape, make_workload
 
 # %% ../nbs/32_bench.ipynb #55e9b7ba
-def serve(engine:Engine, sessions:list, # from `make_workload`
-          due:list[float], # from `due_times`
+def serve(engine:Engine, sessions:list, # from make_workload
+          due:list[float], # from due_times
           params:SamplingParams, # of all requests, but for seed and length
           bar=None # tqdm of answers
          )->tuple[list[dict], list[tuple]]: # requests; steps: begin, end, tokens, rows
@@ -99,7 +99,7 @@ def rate(steps:list, decode:bool)->float|None: # tokens per second
     return float(tokens / seconds) if tokens else None
 
 # %% ../nbs/32_bench.ipynb #9384ecb8
-def figures(requests:list[dict], steps:list)->dict: # from `serve`, or from a file
+def figures(requests:list[dict], steps:list)->dict: # from serve, or from a file
     "What is reported of a run"
     out, prompt = sum(len(r["times"]) for r in requests), sum(r["prompt"] for r in requests)
     seconds = max(r["times"][-1] for r in requests) - min(r["sent"] for r in requests)
@@ -119,7 +119,7 @@ def read_bandwidth(device:str)->float: # bytes per second
     x = torch.ones(2**30 if device == "cuda" else 2**25, device=device)
     return x.nbytes / min(timeit.repeat(lambda: x.sum().item(), number=1, repeat=10))
 
-def count_experts(engine:Engine, sessions:list, params:SamplingParams)->dict|None: # as in `serve`; None = there are none
+def count_experts(engine:Engine, sessions:list, params:SamplingParams)->dict|None: # as in serve; None = there are none
     "Distinct experts of a layer in decode steps of all, and how many there would be if routing were uniform"
     model, graphs, ops, seen = engine.model, engine.runner.graphs, engine.model.ops, {}
     def route(*args, **options):
@@ -135,27 +135,27 @@ def count_experts(engine:Engine, sessions:list, params:SamplingParams)->dict|Non
     return rows and dict(rows=rows, experts=float(np.mean(seen[rows])), uniform=distinct_experts(model.config, rows))
 
 # %% ../nbs/32_bench.ipynb #5a878c91
-def mean_context(requests:list)->float: # of `serve`
+def mean_context(requests:list)->float: # of serve
     "Tokens that lie before an answer's token, on average"
     lengths = [(r["prompt"], len(r["times"])) for r in requests]
     return sum((prompt + (n - 1) / 2) * n for prompt, n in lengths) / sum(n for _, n in lengths)
 
-def floor_parts(c, rows:int, context:float, itemsize:int, # ModelConfig; as in `step_bytes`
-                experts:dict|None=None # from `count_experts`; None = routing is uniform
+def floor_parts(c, rows:int, context:float, itemsize:int, # ModelConfig; as in step_bytes
+                experts:dict|None=None # from count_experts; None = routing is uniform
                )->dict[str, float]: # part -> bytes
     "`step_bytes`, with as many of the experts as were counted"
     parts = step_bytes(c, rows, context, itemsize)
     return parts | dict(experts=parts["experts"] * (experts["experts"] / experts["uniform"] if experts else 1))
 
-def roof(c, requests:list, # ModelConfig; from `serve`
-         bandwidth:float, *how # bytes per second; as the last ones of `floor_parts`
+def roof(c, requests:list, # ModelConfig; from serve
+         bandwidth:float, *how # bytes per second; as the last ones of floor_parts
         )->list[tuple[int, float]]: # rows, output tokens per second
     "What memory allows at these requests' context"
     context = mean_context(requests)
     return [(n, n * bandwidth / sum(floor_parts(c, n, context, *how).values())) for n in (2**i for i in range(9))]
 
-def share_of_floor(c, requests:list, steps:list, # ModelConfig; as in `figures`
-                   bandwidth:float, *how # bytes per second; as the last ones of `floor_parts`
+def share_of_floor(c, requests:list, steps:list, # ModelConfig; as in figures
+                   bandwidth:float, *how # bytes per second; as the last ones of floor_parts
                   )->float|None: # 1 = as fast as memory allows
     "How much of the time of all decode steps memory alone would have needed"
     context, decode = mean_context(requests), [(end - begin, rows) for begin, end, n, rows in steps if n == rows]
@@ -163,7 +163,7 @@ def share_of_floor(c, requests:list, steps:list, # ModelConfig; as in `figures`
     return needed / bandwidth / sum(s for s, _ in decode) if decode else None
 
 # %% ../nbs/32_bench.ipynb #8b47b11f
-OFF = {"pdl=off": dict(pdl=False), "splits=off": dict(split=False), "fused=off": {}, "qkv=off": {}} # what `--ops` turns off; for `choose_ops`
+OFF = {"pdl=off": dict(pdl=False), "splits=off": dict(split=False), "fused=off": {}, "qkv=off": {}} # what --ops turns off; for choose_ops
 STAGES = dict(norm=["rms_norm"], rope=["rope_store"], prefill=["attention"], decode=["attention"], mlp=["linear"],
               moe=["route", "moe", "prepare"], sample=["sample", "top_logprobs"])
 PARTS = dict(norm_linear={"norm", "mlp"}, linear_add={"mlp"}, norm_route={"norm", "mlp", "moe"}, moe_add={"moe"}) # fused kernel -> its stages
@@ -181,7 +181,7 @@ def stage_kinds(text:str, device:str)->dict[str, str]: # such as "triton,decode=
     return kinds
 
 # %% ../nbs/32_bench.ipynb #ff8c00fe
-def pick_ops(text:str, device:str, dtype)->Ops: # as in `stage_kinds`; of the activations
+def pick_ops(text:str, device:str, dtype)->Ops: # as in stage_kinds; of the activations
     "The operations of a model, some of them as asked"
     kinds, off = stage_kinds(text, device), {k: v for word, o in OFF.items() if word in text.split(",") for k, v in o.items()}
     ops, plain = choose_ops(device, dtype, **off), vars(Ops())
@@ -200,7 +200,7 @@ def pick_ops(text:str, device:str, dtype)->Ops: # as in `stage_kinds`; of the ac
     return replace(ops, **chosen, fused=fused, asks_cpu=asks, why=why)
 
 # %% ../nbs/32_bench.ipynb #938a81fd
-def apart(linear:Callable, # `Ops.linear`
+def apart(linear:Callable, # Ops.linear
           c:ModelConfig
          )->Callable: # likewise
     "Queries, keys and values as three products"
@@ -213,8 +213,8 @@ def apart(linear:Callable, # `Ops.linear`
 
 # %% ../nbs/32_bench.ipynb #0db1bf52
 def fit_model(model:Transformer, # from the case before
-              name, # where it came from, as for `LLM`
-              text:str # as in `stage_kinds`
+              name, # where it came from, as for LLM
+              text:str # as in stage_kinds
              )->Transformer:
     "The same model with the operations that a case wants"
     c, device, dtype, before = model.config, model.device, model.dtype, model.ops
@@ -232,8 +232,8 @@ class Case:
     "One thing to measure"
     label:str
     shape:Shape
-    arrival:str="burst" # as in `due_times`
-    ops:str="" # as in `stage_kinds`
+    arrival:str="burst" # as in due_times
+    ops:str="" # as in stage_kinds
     engine:dict=field(default_factory=dict) # fields of EngineConfig
 
 SWITCHES = {"CUDA graphs": dict(enforce_eager=True, async_scheduling=True), "overlap": dict(async_scheduling=False),
@@ -259,8 +259,8 @@ def read_setting(text:str)->tuple: # such as max_num_seqs=64
     try: return name, literal_eval(value.capitalize() if value in ("true", "false") else value)
     except (ValueError, SyntaxError): return name, value
 
-def make_cases(workload:str, preset:str, arrival:str, # as in `find_shape` and `due_times`
-               sessions:list, prompts:list, output:int|None, ops:list, # how many, of what length; as in `stage_kinds`; None = the preset's
+def make_cases(workload:str, preset:str, arrival:str, # as in find_shape and due_times
+               sessions:list, prompts:list, output:int|None, ops:list, # how many, of what length; as in stage_kinds; None = the preset's
                engine:list[str] # such as max_num_seqs=64
               )->list[Case]:
     "Every combination"
@@ -272,7 +272,7 @@ def make_cases(workload:str, preset:str, arrival:str, # as in `find_shape` and `
     return [Case(f"{label(s)} {o}".strip(), s, arrival, o, settings) for s, o in product(shapes, ops)]
 
 # %% ../nbs/32_bench.ipynb #af68a1a8
-def launch_bytes(model:Transformer, rows:int, context:float, itemsize:int, experts:dict|None=None, # as in `floor_parts`
+def launch_bytes(model:Transformer, rows:int, context:float, itemsize:int, experts:dict|None=None, # as in floor_parts
                  counts:dict={} # kernel -> launches in a step: small steps do more in fewer
                 )->dict[str, list[tuple[str, float]]]: # kernel -> what for and bytes of each launch, in their order
     "What our kernels have to read and write in a decode step"
@@ -319,8 +319,8 @@ def launched(profile, gpu:bool)->dict[str, list[float]]: # name -> µs of each l
         found.setdefault(name, []).append(getattr(e, spent))
     return found
 
-def kernel_rows(found:dict, known:dict, # from `launched`; from `launch_bytes`
-                steps:int # that `found` is of
+def kernel_rows(found:dict, known:dict, # from launched; from launch_bytes
+                steps:int # that found is of
                )->dict[str, tuple]: # name and what for -> launches, µs and bytes of a step, None = not known
     "One row for everything that a kernel is launched for, the longest first"
     rows = {}
@@ -345,9 +345,9 @@ def hushed():
         os.dup2(terminal, 2)
         for f in terminal, nowhere: os.close(f)
 
-def profile_steps(engine:Engine, sessions:list, params:SamplingParams, # as in `serve`
+def profile_steps(engine:Engine, sessions:list, params:SamplingParams, # as in serve
                   steps:int # to be profiled
-                 )->tuple[dict, float]: # as of `launched`; µs of a step without profiler
+                 )->tuple[dict, float]: # as of launched; µs of a step without profiler
     "What decode steps of all sessions launch"
     from torch.profiler import ProfilerActivity, profile
     gpu, long = engine.model.device.type == "cuda", replace(params, max_tokens=2 * steps + len(sessions) + 4)
@@ -363,8 +363,8 @@ def profile_steps(engine:Engine, sessions:list, params:SamplingParams, # as in `
     return launched(p, gpu), wall
 
 # %% ../nbs/32_bench.ipynb #6435264a
-def kernel_table(engine:Engine, sessions:list, params:SamplingParams, steps:int=10, # as in `profile_steps`
-                 experts:dict|None=None # from `count_experts`; None = routing is uniform
+def kernel_table(engine:Engine, sessions:list, params:SamplingParams, steps:int=10, # as in profile_steps
+                 experts:dict|None=None # from count_experts; None = routing is uniform
                 )->dict[str, tuple]: # name -> launches per step, µs per step; on a GPU also MB per step, GB/s
     "What a decode step launches; on a GPU also how well each kernel uses the memory, and what kernels do not explain"
     (found, wall), gpu = profile_steps(engine, sessions, params, steps), engine.model.device.type == "cuda"
@@ -391,7 +391,7 @@ def machine(device:str)->dict:
     return dict(device=name, cores=os.cpu_count(), threads=torch.get_num_threads(), load=os.getloadavg()[0],
                 system=platform.platform(), versions=versions)
 
-def facts(name, model:Transformer)->dict: # as for `LLM`
+def facts(name, model:Transformer)->dict: # as for LLM
     "What a line says of the model and the machine"
     return dict(model=str(name or "the shipped model"), dtype=str(model.dtype), time=time.strftime("%FT%T%z"),
                 machine=machine(model.device.type), ops=dict(row[:2] for row in describe_ops(model.ops)))
@@ -407,7 +407,7 @@ def with_peak(call:Callable, gpu:bool # what to watch, and where
     if gpu: return result, torch.cuda.max_memory_allocated()
     return result, 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
 
-def measure(engine:Engine, *work, bandwidth:float, experts:dict|None, # as in `serve`; as in `share_of_floor`
+def measure(engine:Engine, *work, bandwidth:float, experts:dict|None, # as in serve; as in share_of_floor
             **start # figures from before the run
            )->dict:
     "One run, and what can be said of it"
@@ -418,7 +418,7 @@ def measure(engine:Engine, *work, bandwidth:float, experts:dict|None, # as in `s
     return dict(figures=figures(requests, steps) | more | start, roof=roof(c, requests, *how), steps=steps, requests=requests)
 
 # %% ../nbs/32_bench.ipynb #7721a90d
-def load_timed(name, dtype, device:str # as for `LLM`
+def load_timed(name, dtype, device:str # as for LLM
               )->tuple[list, dict]: # the model, in a list that can let go of it, as two may not fit; figures
     "A model, and how long it took"
     begin, models = time.perf_counter(), [load_model(open_model(name, device), dtype, device)]
@@ -440,10 +440,10 @@ def open_case(case:Case, model:Transformer, # with the case's operations
     check(longest <= most, case.label, f"sessions of {longest} tokens", f"at most max_model_len={most}")
     return engine, work, due_times(case.arrival, case.shape.sessions, seed)
 
-def bench(name, cases:list[Case], # as for `LLM`; measured one after another
+def bench(name, cases:list[Case], # as for LLM; measured one after another
           runs:int=3, seed:int=0, # of each case, after a warm-up; of lengths, arrivals and ids
-          temperature:float=1.0, dtype="auto", device="auto", # as for `LLM`
-          kernels:bool=False, progress:bool|None=None, # add `kernel_table`? show a bar? None = on a terminal
+          temperature:float=1.0, dtype="auto", device="auto", # as for LLM
+          kernels:bool=False, progress:bool|None=None, # add kernel_table? show a bar? None = on a terminal
           **about # to be noted in each line
          )->Iterator[dict]: # a line for each run
     "Measure some cases with one model"
@@ -546,8 +546,8 @@ def micro_cases(model:Transformer, longest:int # sequence, in tokens
         yield f"attention: 8 x 1 after {n - 1}", len(batch), attend(model, batch, kv)
 
 # %% ../nbs/32_bench.ipynb #dd4a8740
-def micro(name, ops:list[str]=[""], # as for `LLM`; as in `stage_kinds`, one after another
-          max_model_len:int|None=None, dtype="auto", device="auto", # as for `LLM`
+def micro(name, ops:list[str]=[""], # as for LLM; as in stage_kinds, one after another
+          max_model_len:int|None=None, dtype="auto", device="auto", # as for LLM
           **about # to be noted in each line
          )->Iterator[dict]: # a line for each case
     "Time parts of a model without an engine"
@@ -606,7 +606,7 @@ def plot(lines:list[dict]): # returns a matplotlib Figure
     return fig
 
 # %% ../nbs/32_bench.ipynb #9083a0f7
-OWED = { # label -> arguments of `simplellm`
+OWED = { # label -> arguments of simplellm
     "gpt-oss-120b": "bench synthetic:gpt-oss-120b --sessions 1 --sessions 8 --sessions 64 --sessions 256 --prompt 128 --prompt 1024"
                     " --output 1000 --engine max_model_len=2048 --kernels",
     "prefill": "bench synthetic:gpt-oss-120b --sessions 16 --prompt 3500 --output 1"
@@ -624,8 +624,8 @@ OWED = { # label -> arguments of `simplellm`
                     " --engine max_model_len=2048"}
 
 # %% ../nbs/32_bench.ipynb #8f9993ed
-def owed_commands(result:Path|None=None, picture:Path|None=None # as of `--json` and `--plot`
-                 )->dict[str, list[str]]: # label -> arguments of `simplellm`
+def owed_commands(result:Path|None=None, picture:Path|None=None # as of --json and --plot
+                 )->dict[str, list[str]]: # label -> arguments of simplellm
     "What is owed, with the files that results go to"
     found = {label: shlex.split(text) for label, text in OWED.items()}
     for label, args in found.items():

@@ -29,7 +29,7 @@ from .tokenizer import Tokenizer, cut_out, finder
 class StopMatch:
     "How far the text so far has got into one stop string (Knuth, Morris, Pratt 1977)"
     def __init__(self, word:str): # not empty
-        self.word, self.size, self.table = word, 0, [0] # size: characters of `word` that the text ends with
+        self.word, self.size, self.table = word, 0, [0] # size: characters of word that the text ends with
         for char in word[1:]:
             self.feed(char)
             self.table.append(self.size)
@@ -114,7 +114,7 @@ class Message:
     name:str|None = None # of a tool; of a person
 
 # %% ../nbs/03_chat.ipynb #03578c76
-def render_message(m:Message)->list[str]: # text and `Special` pieces
+def render_message(m:Message)->list[str]: # text and Special pieces
     "Header and body of one message"
     if m.role == "tool" and not m.name: raise ChatError("a tool message needs the name of its tool")
     pieces = [START, m.name] if m.role == "tool" else [START, m.role, *([f":{m.name}"] if m.name is not None else [])]
@@ -164,7 +164,7 @@ def read_schema(schema # JSON schema; callers may send anything
     return {key: value if isinstance(value, SCHEMA.get(key, object)) else None for key, value in schema.items()}
 
 # %% ../nbs/03_chat.ipynb #bc3579d0
-def default_of(s:dict, # from `read_schema`
+def default_of(s:dict, # from read_schema
                bare:bool=True # whether a default among choices is written without quotes
               )->list[str]: # no or one comment
     "The default of a type"
@@ -181,7 +181,7 @@ def ts_nullable(schema, indent:str)->str:
 # %% ../nbs/03_chat.ipynb #67156d33
 def ts_variant(schema, indent:str, # put before each line of a nested type
                told:bool=True, # whether to tell its description
-               bare:bool=True # as in `default_of`
+               bare:bool=True # as in default_of
               )->str:
     "One of several alternatives, with its comments behind it"
     s = read_schema(schema)
@@ -204,9 +204,9 @@ def ts_type(schema, indent:str="")->str:
     return TYPES.get(str(kind), "any")
 
 # %% ../nbs/03_chat.ipynb #68f530d1
-def comments(notes:list[str], indent:str)->str: return "".join(f"{indent}// {note}\n" for note in notes)
+def comments(notes:list[str], indent:str)->str: "A line for each note"; return "".join(f"{indent}// {note}\n" for note in notes)
 
-def ts_object(s:dict, # from `read_schema`
+def ts_object(s:dict, # from read_schema
               indent:str)->str:
     "A record, one property a line"
     fields, required, about = s.get("properties") or {}, s.get("required") or [], s.get("description")
@@ -264,7 +264,7 @@ def system_text(reasoning_effort:str|None="medium", # low, medium, high, or None
     return "\n\n".join(filter(None, sections))
 
 # %% ../nbs/03_chat.ipynb #9067df8f
-def developer_text(instructions:str|None, functions:str|None # from `tools_text`
+def developer_text(instructions:str|None, functions:str|None # from tools_text
                   )->str:
     "The body of the developer message"
     sections = ["# Instructions", instructions] if instructions is not None else []
@@ -315,7 +315,7 @@ def tool_message(message:dict, before:list[dict])->Message:
 
 # %% ../nbs/03_chat.ipynb #ccae3b7a
 def read_message(message:dict, before:list[dict], # the messages so far
-                 functions:str|None # from `tools_text`, if the first message, being the developer's, is to declare them
+                 functions:str|None # from tools_text, if the first message, being the developer's, is to declare them
                 )->list[Message]:
     "The harmony messages of one dictionary"
     role = message.get("role")
@@ -357,7 +357,7 @@ def render_harmony(messages:list[dict], # OpenAI-style
                    identity:str|None=IDENTITY, knowledge_cutoff:str|None="2024-06",
                    add_generation_prompt:bool=True, # end where the assistant begins to speak
                    drop_analysis:bool=True # leave out thinking that led to an answer
-                  )->list[str]: # text and `Special` pieces
+                  )->list[str]: # text and Special pieces
     "A conversation as gpt-oss was trained to see it"
     rest = read_messages(messages, tools)
     if drop_analysis: rest = without_old_analysis(rest)
@@ -399,7 +399,7 @@ _marks = "to=", CONSTRAIN
 
 def parse_header(text:str, # special tokens written out
                  role:str|None="assistant", # None: the first word says who speaks
-                 ended:bool=True # whether `<|message|>` was reached; then that word may be any name, as of a function
+                 ended:bool=True # whether <|message|> was reached; then that word may be any name, as of a function
                 )->tuple[Header, list[str]]: # and what belongs to no header
     "The best reading of a header"
     channels = [c for c in _channel.findall(text) if c]
@@ -470,7 +470,7 @@ class HarmonyParser:
     def _flag(self, name:str)->None:
         if name not in self.flags: self.flags.append(name)
 
-    def _read(self, ended:bool)->tuple[Header, list[str]]: # as `parse_header`
+    def _read(self, ended:bool)->tuple[Header, list[str]]: # as parse_header
         return parse_header(b"".join(self._head).decode("utf-8", "replace"), self._role, ended)
 
     def _act(self, action:str, data:bytes)->Delta|None:
@@ -570,7 +570,7 @@ def hide(value, names:list[str], # of special tokens, the longest first
 
 # %% ../nbs/03_chat.ipynb #640f6564
 def template_pieces(tokenizer:Tokenizer, template:str, messages:list[dict], tools:list[dict]|None=None,
-                    documents:list[dict]|None=None, **options)->list[str]: # text and `Special` pieces
+                    documents:list[dict]|None=None, **options)->list[str]: # text and Special pieces
     "A conversation in the format of a template; what users wrote never is a special token"
     names = sorted(tokenizer.special, key=len, reverse=True)
     begun = {name[:n] for name in names for n in range(1, len(name))}
@@ -621,7 +621,7 @@ def is_harmony(tokenizer:Tokenizer)->bool:
 
 def encode_chat(tokenizer:Tokenizer, messages:list[dict], tools:list[dict]|None=None,
                 template:str|Template|None=None, # jinja2; None = harmony
-                **options # of `render_harmony`, or variables of the template
+                **options # of render_harmony, or variables of the template
                )->list[int]:
     "A conversation as the ids of a prompt"
     if template is None and not is_harmony(tokenizer):

@@ -216,7 +216,7 @@ def check_finite(x:torch.Tensor, # a dense tensor
 
 # %% ../nbs/01_checkpoint.ipynb #c6a87df7
 def check_scales(x:torch.Tensor, # MXFP4 scales, uint8
-                 name:str, file # as in `check_finite`
+                 name:str, file # as in check_finite
                 )->None: # raises CheckpointError
     "Refuse the scale byte that means NaN"
     if not x.numel() or x.max() < 255: return

@@ -72,8 +72,8 @@ def print_reply(chunks:Iterable, # of engine.Chunk
 
 def stream_reply(llm:LLM,
                  messages:list, # the conversation so far
-                 **options # sampling parameters and `reasoning_effort`
-                ): # `RequestOutput` once complete
+                 **options # sampling parameters and reasoning_effort
+                ): # RequestOutput once complete
     "Print a reply as it arrives; whoever leaves early, as with Ctrl-C, cancels the request"
     stream = llm.chat_stream(messages, **options)
     try: print_reply(stream)
@@ -137,7 +137,7 @@ def read_lines(data:bytes, path:Path # what is in this file
             if line.strip(): yield n, json.loads(line)
         except ValueError as e: raise ValueError(f"{path}, line {n}: not JSON ({e})") from None
 
-def read_jobs(path:Path)->dict[str, dict]: # id -> job: its `id`, `prompt` or `messages`, and options
+def read_jobs(path:Path)->dict[str, dict]: # id -> job: its id, prompt or messages, and options
     "Read and check every line"
     jobs = {}
     for n, job in read_lines(path.read_bytes(), path):
@@ -152,7 +152,7 @@ def read_jobs(path:Path)->dict[str, dict]: # id -> job: its `id`, `prompt` or `m
 
 # %% ../nbs/32_cli.ipynb #1583e958
 def done_ids(path:Path, # output of an earlier run, need not exist
-             jobs:dict # from `read_jobs`
+             jobs:dict # from read_jobs
             )->set[str]:
     "Ids that already have a result; a half-written last line is cut away"
     data = path.read_bytes() if path.is_file() else b"" # not from a pipe, which would wait
@@ -171,8 +171,8 @@ def done_ids(path:Path, # output of an earlier run, need not exist
     return done
 
 # %% ../nbs/32_cli.ipynb #b4e532be
-def result_line(job:dict, # from `read_jobs`
-                out # `RequestOutput`
+def result_line(job:dict, # from read_jobs
+                out # RequestOutput
                )->str: # one JSON line
     "The input and what the model made of it"
     best = out.outputs[0]
@@ -235,7 +235,7 @@ def sizes(checkpoint:Checkpoint, c, dtype)->dict: # a ModelConfig; torch.dtype o
             "cache": f"{bytes_per_block(c.num_layers, 1, c.num_kv_heads, c.head_dim, dtype):,} bytes per token"}
 
 # %% ../nbs/32_cli.ipynb #eb144493
-def describe(model=None)->dict: # as for `LLM`; title -> {name: value}
+def describe(model=None)->dict: # as for LLM; title -> {name: value}
     "All that `info` shows, without loading a weight"
     checkpoint = open_model(model, "cpu")
     c, device = read_config(checkpoint), "cuda" if torch.cuda.is_available() else "cpu"

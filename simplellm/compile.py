@@ -20,7 +20,7 @@ from triton.compiler import ASTSource
 # %% ../nbs/10_compile.ipynb #025f63f9
 TARGETS = "sm_80", "sm_90a", "sm_100" # Ampere, Hopper, Blackwell
 
-def as_source(fn, # a `@triton.jit` function
+def as_source(fn, # a @triton.jit function
               signature:dict[str,str], # run-time parameter -> type
               constexprs:dict # compile-time parameter -> value
              )->ASTSource:
@@ -73,7 +73,7 @@ def build(fn, signature, constexprs, target, label="", targets=(), **options)->C
                     k.metadata.shared, [n for n in fn.arg_names if n in signature], k.asm["ptx"], "\n".join(map(" ".join, sass)))
 
 # %% ../nbs/10_compile.ipynb #2c91e318
-def source_of(fn # a `@triton.jit` function
+def source_of(fn # a @triton.jit function
              )->str:
     "Its text, after that of the kernels it calls"
     inner = [fn.fn.__globals__.get(n) for n in fn.fn.__code__.co_names]
@@ -96,14 +96,14 @@ from triton.language.extra import cuda
 AOT = [{cases}]
 """
 
-def as_file(cases:list[dict])->str: # as for `compile_cases`
+def as_file(cases:list[dict])->str: # as for compile_cases
     "A module that lists them"
     fns = {case["fn"].fn.__name__: case["fn"] for case in cases}
     source = "\n".join(source_of(f) if f.fn.__module__ == "__main__" else f"from {f.fn.__module__} import {n}" for n, f in fns.items())
     text = lambda case: ", ".join(f"{k}={v.fn.__name__ if k == 'fn' else repr(v)}" for k, v in case.items())
     return AS_FILE.format(source=source, cases=", ".join(f"dict({text(case)})" for case in cases))
 
-def compile_cases(cases:list[dict], # each the arguments of `compile_kernel`
+def compile_cases(cases:list[dict], # each the arguments of compile_kernel
                     target:str="sm_90a"
                    )->list[Compiled]:
     "Compile kernels for a GPU that need not be there"
@@ -113,7 +113,7 @@ def compile_cases(cases:list[dict], # each the arguments of `compile_kernel`
         path.write_text(as_file([case | dict(targets=[target]) for case in cases]))
         return in_child(str(path), "--targets", target)
 
-def compile_kernel(fn, # a `@triton.jit` function
+def compile_kernel(fn, # a @triton.jit function
                    signature:dict[str,str], # run-time parameter -> type
                    constexprs:dict={}, # compile-time parameter -> value; None for a pointer that is not given
                    target:str="sm_90a",
@@ -123,7 +123,7 @@ def compile_kernel(fn, # a `@triton.jit` function
     return compile_cases([dict(fn=fn, signature=signature, constexprs=constexprs, **options)], target)[0]
 
 # %% ../nbs/10_compile.ipynb #7450c81e
-def instructions(sass:str, # or a part of it, as from `loops`
+def instructions(sass:str, # or a part of it, as from loops
                  opcode:str="" # regular expression for its beginning; "" = all
                 )->Counter: # opcode with modifiers -> how often
     "Count the instructions of one thread"
@@ -159,7 +159,7 @@ def origins(ptx:str)->dict[str,set[int]]: # 64-bit register -> numbers of parame
 LOAD = re.compile(r"(?:ld\.global\S*?(?:\.v(\d))?\.\w(\d+)|cp\.async\.c\w\.shared\.global)\s.*\[\s*(%rd\d+).*?\](?:, 0x(\w+))?")
 
 def loads(k:Compiled,
-          ptx:str # its PTX or a part of that, as from `loops`
+          ptx:str # its PTX or a part of that, as from loops
          )->Counter: # parameter -> bytes
     "What a program asks of global memory if no mask forbids it, by the pointer that it follows"
     begin, found = origins(k.ptx), Counter()
@@ -176,12 +176,12 @@ def sass_bytes(k:Compiled,
     return k.num_warps * 32 * sum(n * width(op) for op, n in instructions(sass, r"LDG\.|LDGSTS").items())
 
 # %% ../nbs/10_compile.ipynb #15eac769
-def variant(fn, # a `@triton.jit` function
+def variant(fn, # a @triton.jit function
             label:str, # for the table
             types:dict[str,str], # parameter -> type at run time, of more parameters than are left to it
             fixed:dict, # compile-time parameter -> value, and options such as num_warps
             targets:Iterable[str]=TARGETS # of these; with PDL only those that have it
-           )->dict: # what `build` takes, and `targets`
+           )->dict: # what build takes, and targets
     "An entry of a list AOT"
     constexprs = {n: v for n, v in fixed.items() if n in fn.arg_names}
     signature = {n: types[n] for n in fn.arg_names if n not in constexprs}

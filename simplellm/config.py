@@ -36,12 +36,12 @@ def is_a(value, # of a field
 # %% ../nbs/00_config.ipynb #0c355116
 WORDS = {int: "a positive integer", float: "a positive number", bool: "True or False", NoneType: "None"}
 
-def spell(kind # as in `is_a`
+def spell(kind # as in is_a
          )->str:
     "What a type asks for, in words"
     parts = get_args(kind)
     if get_origin(kind) is tuple: return f"a tuple of ({spell(parts[0])})"
-    return " or ".join(map(spell, parts)) if parts else WORDS.get(kind, repr(kind))
+    return " or ".join(map(spell, parts)) if parts else WORDS.get(kind) or (f"a {kind.__name__}" if isinstance(kind, type) else repr(kind))
 
 # %% ../nbs/00_config.ipynb #91388ab2
 def check_types(config # a dataclass
@@ -69,10 +69,10 @@ class RopeConfig:
     factor:float=1.0 # how many times the context was stretched, 1 to 4096
     original_max_position:int=4096 # context length before stretching, in tokens
     beta_fast:float=32.0 # yarn: turns over the original context above which a frequency is left alone, up to 1e6
-    beta_slow:float=1.0 # yarn: turns below which it is divided by `factor`
+    beta_slow:float=1.0 # yarn: turns below which it is divided by factor
     truncate:bool=True # yarn: round the two borders to whole dimensions (gpt-oss does not)
     attention_factor:float|None=None # yarn: scale of cos and sin; None = 0.1*ln(factor)+1
-    low_freq_factor:float=1.0 # llama3: turns below which a frequency is divided by `factor`
+    low_freq_factor:float=1.0 # llama3: turns below which a frequency is divided by factor
     high_freq_factor:float=4.0 # llama3: turns above which it is left alone
     reverse:bool=False # turn the other way round (nanochat does)
 
@@ -116,7 +116,7 @@ def check_numbers(c # a ModelConfig
 @dataclass(frozen=True)
 class ModelConfig:
     "The architecture of a decoder-only transformer"
-    family:str # gpt_oss, ...: a key of `models.FAMILIES`
+    family:str # gpt_oss, ...: a key of models.FAMILIES
     vocab_size:int # tokens, V
     hidden_size:int # width of the residual stream, H
     num_layers:int

@@ -17,7 +17,7 @@ from .sampling import SamplingBatch
 
 # %% ../nbs/26_cudagraph.ipynb #0140b42b
 def bucket_sizes(most:int # rows of the largest step
-                )->list[int]: # ascending, ends with `most`
+                )->list[int]: # ascending, ends with most
     "Numbers of rows that get a graph of their own"
     sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, most, 64)]
     return [n for n in sizes if n < most] + [most]
@@ -71,7 +71,7 @@ def upload(x:Tensor, # on the CPU
     "Send a tensor to where the graphs are"
     return (x.contiguous().pin_memory() if torch.device(device).type == "cuda" else x).to(device, non_blocking=True)
 
-def fill_wishes(mine:SamplingBatch, # from `padding_wishes`
+def fill_wishes(mine:SamplingBatch, # from padding_wishes
                 theirs:SamplingBatch|None, # on the CPU; None = nobody will look at the tokens
                 size:int # rows of the graph
                )->None:
@@ -155,7 +155,7 @@ class Graphs:
         return self.batch.token_ids[:self.rows]
 
     @torch.inference_mode()
-    def again(self, tables:list[list[int]])->Tensor: # of the same rows; as `replay`
+    def again(self, tables:list[list[int]])->Tensor: # of the same rows; as replay
         "The next step, with the blocks that rows got since the last"
         new = new_blocks(tables, self.held)
         if new:

@@ -170,7 +170,7 @@ def check_prompt(ids, # what is to be the prompt
     return ids
 
 # %% ../nbs/27_engine.ipynb #9dca09a7
-def make_runner(model, config:EngineConfig, blocks:int, longest:int, dtype # from `plan_cache`
+def make_runner(model, config:EngineConfig, blocks:int, longest:int, dtype # from plan_cache
                )->Runner:
     "A runner with its cache, and with graphs on a GPU whose kernels allow it; unrecorded ones where steps overlap"
     record = model.device.type == "cuda" and not (config.enforce_eager or model.ops.asks_cpu)
@@ -216,7 +216,7 @@ class Engine:
             self.scheduler.add(c.request)
 
     def abort(self, ids:list[str]|None=None # None = all
-             )->list[tuple]: # like `step`
+             )->list[tuple]: # like step
         "End jobs where they are"
         jobs = [self.jobs[i] for i in (list(self.jobs) if ids is None else ids) if i in self.jobs]
         requests = [c.request for j in jobs for c in j.choices if c.request in self.choices]
@@ -224,7 +224,7 @@ class Engine:
         return [news for r in requests for news in attempt(finish_choice, self, r)]
 
 # %% ../nbs/27_engine.ipynb #b36d48a8
-def overlapped_step(e:Engine)->list[tuple]: # like `Engine.step`, of the step launched one call ago
+def overlapped_step(e:Engine)->list[tuple]: # like Engine.step, of the step launched one call ago
     "Launch the next step, before the last one's tokens are read if it is certain, then read those"
     last, e.flying = e.flying, None
     if last and last.step is e.runner.resident and (step := e.scheduler.repeat()): e.flying = e.runner.launch(step)
@@ -233,7 +233,7 @@ def overlapped_step(e:Engine)->list[tuple]: # like `Engine.step`, of the step la
     assert e.flying or not e.jobs, "requests wait, and the scheduler gives none of them a token"
     return news
 
-def land(e:Engine, launched:Launched)->list[tuple]: # like `Engine.step`
+def land(e:Engine, launched:Launched)->list[tuple]: # like Engine.step
     "Read a step's tokens"
     output = launched.output()
     e.scheduler.update(launched.step, output.ids)
@@ -328,7 +328,7 @@ def note_prompt(engine:Engine, c:Choice, first:int, scores:list[tuple])->list: #
 
 # %% ../nbs/27_engine.ipynb #aed9a9d6
 def attempt(f, # what to do for one completion; returns news
-            engine:Engine, r:Request, *args)->list[tuple]: # passed on to `f`
+            engine:Engine, r:Request, *args)->list[tuple]: # passed on to f
     "Keep an error to the job that it belongs to"
     c = engine.choices.get(r)
     if c is None: return [] # its job failed a moment ago

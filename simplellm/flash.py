@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 # %% ../nbs/14_flash_attention.ipynb #fbe03257
-def flash_attention(flash:Callable, # flash-attn's `flash_attn_varlen_func`
+def flash_attention(flash:Callable, # flash-attn's flash_attn_varlen_func
                     q:Tensor, # [T, heads, D] queries of all new tokens, row after row
                     k_cache:Tensor, v_cache:Tensor, # [blocks, block_size, kv_heads, D], new tokens already stored
                     block_tables:Tensor, seq_lens:Tensor, cu_seqlens_q:Tensor, # [R, M], [R], [R+1], all int32
@@ -30,14 +30,14 @@ def flash_attention(flash:Callable, # flash-attn's `flash_attn_varlen_func`
 LONG = 512 # new tokens of a row from which on flash-attn takes a step: computed, not measured
 MANY = 256 # rows of a step above which it compiles another variant
 
-def takes(q:Tensor, k_cache:Tensor, max_q:int, # as in `flash_attention`
+def takes(q:Tensor, k_cache:Tensor, max_q:int, # as in flash_attention
           options:dict # what else was asked for
          )->bool:
     "May flash-attn compute this step?"
     return max_q >= LONG and q.shape[2] in (64, 128) and k_cache.dtype == q.dtype and not options.keys() - {"memo"}
 
-def by_length(flash:Callable, # as in `flash_attention`
-              ours:Callable # a `paged_attention`
+def by_length(flash:Callable, # as in flash_attention
+              ours:Callable # a paged_attention
              )->Callable: # likewise
     "Long prompts by flash-attn, everything else by ours"
     def attention(q, k_cache, v_cache, block_tables, seq_lens, cu_seqlens_q, max_q, max_k, scale, window=None, sinks=None, **options):
@@ -48,7 +48,7 @@ def by_length(flash:Callable, # as in `flash_attention`
 # %% ../nbs/14_flash_attention.ipynb #b0215fef
 def find_flash(device, # of the model
                dtype:torch.dtype # of its activations
-              )->tuple[Callable|None, str]: # `flash_attn_varlen_func`, and its version or why not
+              )->tuple[Callable|None, str]: # flash_attn_varlen_func, and its version or why not
     "flash-attn, where it is installed and can read a paged cache"
     if dtype not in (torch.bfloat16, torch.float16): return None, f"flash-attn has no {dtype}"
     if not torch.cuda.is_available(): return None, "flash-attn needs a GPU"
@@ -59,8 +59,8 @@ def find_flash(device, # of the model
         return flash_attn_varlen_func, f"flash-attn {version('flash-attn-4')}"
     except Exception as e: return None, f"no flash-attn: {e}"
 
-def with_flash(ours:Callable, # a `paged_attention`
-               device, dtype:torch.dtype # as in `find_flash`
+def with_flash(ours:Callable, # a paged_attention
+               device, dtype:torch.dtype # as in find_flash
               )->tuple[Callable, str]: # likewise, and why
     "Attention for this device, with flash-attn where that helps"
     flash, why = find_flash(device, dtype)

@@ -115,7 +115,7 @@ def moe_layer(x:Tensor, # [T, H] residual stream
               more:Tensor|None, # [T, H] still to be added to it
               w:MoeWeights, # of this layer
               top_k:int, # experts per token
-              activation:Callable, # from `activation_of`
+              activation:Callable, # from activation_of
               ops:Ops, # implementations
               eps:float=1e-5, # of the norm
               all_reduce:Callable|None=None, # adds up the ranks' partial sums; None = there is one rank
@@ -133,7 +133,7 @@ def moe_layer(x:Tensor, # [T, H] residual stream
 def mlp_layer(x:Tensor, # [T, H] residual stream
               more:Tensor|None, # [T, H] still to be added to it
               w:MlpWeights, # of this layer
-              activation:Callable, # from `activation_of`
+              activation:Callable, # from activation_of
               ops:Ops, # implementations
               eps:float=1e-5, # of the norm
               all_reduce:Callable|None=None # adds up the ranks' partial sums; None = there is one rank

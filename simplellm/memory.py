@@ -59,7 +59,7 @@ def split_bytes(c:ModelConfig, tokens:int, rows:int, # in the step
     programs, cuts = c.num_kv_heads * (tokens * group // tile + rows), max(min(longest, (w or longest) + tile) for w in c.windows) // 8192
     return 4 * min(max(528, programs * cuts * (cuts > 1)) * tile * c.head_dim, 2**26) * (c.head_dim + 1) // c.head_dim
 
-def activation_bytes(c:ModelConfig, tokens:int, rows:int, longest:int # as in `split_bytes`
+def activation_bytes(c:ModelConfig, tokens:int, rows:int, longest:int # as in split_bytes
                     )->int: # bytes
     "Estimated memory of a step, beside weights and cache"
     width = getattr(torch, c.dtype).itemsize
@@ -101,9 +101,9 @@ def budget(c:ModelConfig, e:EngineConfig,
     used = dict(weights=held_bytes(c), activations=angles + step, graphs=graph_bytes(c, e), CUDA=CONTEXT)
     return used | dict(cache=int(memory * e.gpu_memory_utilization) - taken - sum(used.values()))
 
-def concurrency(c:ModelConfig, e:EngineConfig, memory:float, # as in `budget`
+def concurrency(c:ModelConfig, e:EngineConfig, memory:float, # as in budget
                 length:int, # tokens of each request, prompt and output
-                taken:int=0 # as in `budget`
+                taken:int=0 # as in budget
                )->int: # requests; 0 = it does not fit
     "How many requests of a length the cache holds at once"
     blocks = budget(c, e, memory, taken)["cache"] // block_bytes(c, e)
@@ -117,7 +117,7 @@ def options(c:ModelConfig, e:EngineConfig)->list[list[dict]]:
             [dict(max_num_batched_tokens=n, max_num_seqs=min(n, e.max_num_seqs)) for n in (1024, 512, 256, 128, 64) if n < tokens],
             [dict(max_model_len=2**k) for k in range(20, 9, -1) if 2**k < longest]]
 
-def flags_that_fit(c:ModelConfig, e:EngineConfig, memory:float, taken:int=0 # as in `budget`
+def flags_that_fit(c:ModelConfig, e:EngineConfig, memory:float, taken:int=0 # as in budget
                   )->list[dict]: # each is enough; empty = nothing helps
     "Settings with which one request of the longest length fits"
     def fits(o): return concurrency(c, new := replace(e, **o), memory, new.max_model_len or c.max_position, taken)
@@ -125,7 +125,7 @@ def flags_that_fit(c:ModelConfig, e:EngineConfig, memory:float, taken:int=0 # as
     together = {k: v for kind in kinds if kind for k, v in kind[-1].items()}
     return [o for kind in kinds if (o := next(filter(fits, kind), None))] or [together] * bool(fits(together))
 
-def layers_that_fit(c:ModelConfig, e:EngineConfig, memory:float, taken:int=0 # as in `budget`
+def layers_that_fit(c:ModelConfig, e:EngineConfig, memory:float, taken:int=0 # as in budget
                    )->int: # 0 = not even one
     "How many of a synthetic model's layers fit with one request of the longest length"
     def cut(n): return replace(c, num_layers=n, windows=c.windows[:n], mlp_layers=tuple(i for i in c.mlp_layers if i < n))
@@ -137,14 +137,14 @@ def smallest_memory(c:ModelConfig, e:EngineConfig, taken:int=0)->float: # bytes
     return (used + block_bytes(c, e) * blocks_for(e.max_model_len or c.max_position, e.block_size)) / e.gpu_memory_utilization
 
 # %% ../nbs/26_memory.ipynb #94fb7035
-def advice(c:ModelConfig, e:EngineConfig, memory:float, taken:int=0 # as in `budget`
+def advice(c:ModelConfig, e:EngineConfig, memory:float, taken:int=0 # as in budget
           )->list[str]: # each is enough
     "What would make one request of the longest length fit"
     flags, layers = flags_that_fit(c, e, memory, taken), layers_that_fit(c, e, memory, taken)
     found = [", ".join(f"{k}={v}" for k, v in o.items()) for o in flags] or [f"{layers} of the layers (synthetic:...?layers={layers})"] * bool(layers)
     return found + [f"a GPU with {math.ceil(smallest_memory(c, e, taken) / 1e9)} GB"]
 
-def check_memory(c:ModelConfig, e:EngineConfig, memory:float, taken:int=0 # as in `budget`
+def check_memory(c:ModelConfig, e:EngineConfig, memory:float, taken:int=0 # as in budget
                 )->None: # raises ValueError
     "Refuse a model that will not fit with one request of the longest length"
     longest, parts = e.max_model_len or c.max_position, budget(c, e, memory, taken)
@@ -188,8 +188,8 @@ def spread(tokens:int, rows:int, longest:int # at least 1; tokens of the longest
     each, rest = divmod(tokens, rows)
     return [(min(each + (i < rest), longest), 0) for i in range(rows)]
 
-def rehearsals(e:EngineConfig, longest:int # as in `spread`
-              )->list[list[tuple[int, int]]]: # as `spread` for each step
+def rehearsals(e:EngineConfig, longest:int # as in spread
+              )->list[list[tuple[int, int]]]: # as spread for each step
     "Steps that need, between them, every variant of every kernel"
     most = e.max_num_batched_tokens
     sizes = sorted({*powers(most), *(n for n in (*range(1, 34), 65) if n < most)})
@@ -202,7 +202,7 @@ def rehearsals(e:EngineConfig, longest:int # as in `spread`
 # %% ../nbs/26_memory.ipynb #3f8ced31
 WISHES = dict(temperature=0), dict(), dict(top_p=.9), dict(repetition_penalty=1.1) # no two take the same way through the sampler
 
-def rehearse(runner:Runner, rows:list[tuple[int, int]], # as from `spread`
+def rehearse(runner:Runner, rows:list[tuple[int, int]], # as from spread
              **wish # fields of SamplingParams
             )->None:
     "Compute a step that nobody asked for"
@@ -212,14 +212,14 @@ def rehearse(runner:Runner, rows:list[tuple[int, int]], # as from `spread`
         r.num_computed, r.block_table = past, [0] * blocks_for(past + new, runner.kv.block_size)
     runner.run(Step(requests, [new for new, _ in rows], requests))
 
-def rehearse_all(model, e:EngineConfig, longest:int, dtype # a Transformer; as in `rehearsals`; of the cache
+def rehearse_all(model, e:EngineConfig, longest:int, dtype # a Transformer; as in rehearsals; of the cache
                 )->None:
     "Compute every step that was thought of"
     runner = Runner(model, model.new_cache(1, e.block_size, dtype), model.device)
     for rows in rehearsals(e, longest): rehearse(runner, rows, prompt_logprobs=0)
     for wish in WISHES: rehearse(runner, spread(e.max_num_batched_tokens, min(e.max_num_seqs, e.max_num_batched_tokens), longest), **wish)
 
-def measure_step(model, e:EngineConfig, longest:int, dtype # as in `rehearse_all`
+def measure_step(model, e:EngineConfig, longest:int, dtype # as in rehearse_all
                 )->int: # bytes
     "What a largest step takes for a moment; afterwards every kernel is compiled"
     torch.cuda.reset_peak_memory_stats(model.device)
@@ -243,7 +243,7 @@ def compiling(device # where the kernels will run
         with patch.object(triton.JITFunction, "run", note), triton.AsyncCompileMode(threads): yield
         list(threads.map(load, made))
 
-def compile_kernels(model, e:EngineConfig, longest:int, dtype # as in `rehearse_all`
+def compile_kernels(model, e:EngineConfig, longest:int, dtype # as in rehearse_all
                    )->None:
     "All that rehearsals and decode steps with padding will launch"
     if model.ops.asks_cpu: return
@@ -259,7 +259,7 @@ def compile_kernels(model, e:EngineConfig, longest:int, dtype # as in `rehearse_
             graphs.batch.token_ids.zero_()
 
 # %% ../nbs/26_memory.ipynb #4500c745
-def measure_graphs(model, e:EngineConfig, longest:int, dtype # as in `measure_step`
+def measure_graphs(model, e:EngineConfig, longest:int, dtype # as in measure_step
                   )->int: # bytes
     "What the recordings of all decode steps will take"
     free = [unused_memory(model.device)]

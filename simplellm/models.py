@@ -102,7 +102,7 @@ class Family:
     "What distinguishes one kind of model from the others, as data"
     architecture:str # as in config.json's "architectures"
     switches:dict # fields of ModelConfig that hold for the whole family
-    fields:dict[str, str]=field(default_factory=dict) # ModelConfig's name -> config.json's, beyond `FIELDS`
+    fields:dict[str, str]=field(default_factory=dict) # ModelConfig's name -> config.json's, beyond FIELDS
     required:tuple[str, ...]=() # what else config.json must have
     mlp:dict[str, str]=field(default_factory=dict) # "mxfp4" or "dense" -> table of a layer's experts
     dense:str=MLP # table of the second half of a layer without experts
@@ -141,7 +141,7 @@ class Row(NamedTuple):
     theirs:str # name in the checkpoint
     shape:tuple[int, ...] # in our layout
     transposed:bool # are the last two dimensions swapped in the file?
-    rule:str|None=None # how ranks share it: see `parallel.part`
+    rule:str|None=None # how ranks share it: see parallel.part
     unit:int=1 # neighbours that stay together
     stack:int=0 # experts that have such a tensor each; 0 = it stands for itself
 
@@ -162,7 +162,7 @@ def dimensions(c:ModelConfig)->dict[str, tuple[int, int]]: # text -> length, nei
 
 # %% ../nbs/21_models.ipynb #14beb772
 def parse_row(line:str, # of a table
-              sizes:dict[str, tuple[int, int]], # `dimensions`
+              sizes:dict[str, tuple[int, int]], # dimensions
               layer:int=0, # for {i}
               expert:int=0 # for {e}
              )->Row:
@@ -219,7 +219,7 @@ def one_name(d:dict, # an object in config.json
 
 # %% ../nbs/21_models.ipynb #fc532eb7
 def find_family(d:dict # the object in config.json
-               )->str: # key of `FAMILIES`
+               )->str: # key of FAMILIES
     "Which family this is, or a refusal"
     known, kind = {f.architecture: k for k, f in FAMILIES.items()}, d.get("model_type")
     names = d.get("architectures") or [a for a, k in known.items() if k == kind]
@@ -256,9 +256,9 @@ def read_rope(d:dict, # the object in config.json, each field under one name
 
 # %% ../nbs/21_models.ipynb #95b91387
 def ruled_layers(d:dict, # the object in config.json, each field under one name
-                 first:int|str|None, # see `Family.windowed`
+                 first:int|str|None, # see Family.windowed
                  window:int|None # None = no layer has one
-                )->list[str]: # in the words of `layer_types`
+                )->list[str]: # in the words of layer_types
     "Which layers slide where no list is read"
     layers = range(d["num_hidden_layers"])
     if first is None or window is None: return ["full_attention" for _ in layers]
@@ -266,8 +266,8 @@ def ruled_layers(d:dict, # the object in config.json, each field under one name
     expect(type(start) is int, f"{first} {start!r}, expected a number of layers")
     return ["sliding_attention" if i >= start else "full_attention" for i in layers]
 
-def read_windows(d:dict, first:int|str|None=None, # as in `ruled_layers`
-                 switched:bool=False # does the family know `use_sliding_window`?
+def read_windows(d:dict, first:int|str|None=None, # as in ruled_layers
+                 switched:bool=False # does the family know use_sliding_window?
                 )->tuple[int|None, ...]: # visible keys per layer
     "Which layers look back how far"
     on, given = d.get("use_sliding_window", True) if switched else True, d.get("layer_types")
@@ -285,7 +285,7 @@ def read_windows(d:dict, first:int|str|None=None, # as in `ruled_layers`
     return tuple(window if k == "sliding_attention" else None for k in kinds)
 
 # %% ../nbs/21_models.ipynb #d4f42b78
-def read_mlp_layers(d:dict)->tuple[int, ...]: # as in `read_windows`
+def read_mlp_layers(d:dict)->tuple[int, ...]: # as in read_windows
     "Which layers of a mixture have one dense MLP instead"
     listed, step, layers = d.get("mlp_only_layers", []), d.get("decoder_sparse_step", 1), range(d["num_hidden_layers"])
     known = isinstance(listed, list) and all(i in layers for i in listed)
@@ -314,7 +314,7 @@ def read_eos(folder:Path, # of the checkpoint
 
 # %% ../nbs/21_models.ipynb #c1e27ea2
 def read_experts(d:dict, # the object in config.json
-                 known:dict # see `Family.mlp`
+                 known:dict # see Family.mlp
                 )->str: # "mxfp4" or "dense"
     "How the experts are stored"
     q = d.get("quantization_config")
@@ -446,7 +446,7 @@ def read_part(checkpoint:Checkpoint,
               shard:Shard, # our rank
               lift:Callable=lambda x: x, # takes it to the device
               dtype:torch.dtype|None=None # of a dense tensor; None = as stored
-             )->torch.Tensor: # on a CPU still memory mapped, unless `dtype` is float16
+             )->torch.Tensor: # on a CPU still memory mapped, unless dtype is float16
     "What a rank owns of one tensor, in our layout, checked"
     x = checkpoint.get(row.theirs)
     x = lift(part(x.transpose(-1, -2) if row.transposed else x, row.rule, shard, row.unit, row.theirs))
@@ -469,7 +469,7 @@ def unpack(w:MXFP4, # experts' weights
 
 # %% ../nbs/21_models.ipynb #fcf3fe01
 def load_weight(rows:list[Row], # the tensors that make one weight
-                read:Callable, # row -> tensor: `read_part`
+                read:Callable, # row -> tensor: read_part
                 dtype:torch.dtype, # of a dense weight
                 device, # where it goes
                 prepare:Callable # what becomes of packed experts, given their name
@@ -493,13 +493,13 @@ def check_tied(checkpoint:Checkpoint)->None: # raises CheckpointError
 
 # %% ../nbs/21_models.ipynb #0895d75c
 def load_weights(checkpoint:Checkpoint,
-                 c:ModelConfig, # as `read_config` gives it
+                 c:ModelConfig, # as read_config gives it
                  dtype:torch.dtype|None=None, # of the dense weights; None = the checkpoint's
                  device="cpu",
                  shard:Shard=Shard(), # our rank
                  dequantize:bool|None=None, # unpack MXFP4 experts? None = on a CPU only
                  progress:bool|None=False, # show a bar? None = on a terminal
-                 prepare:Callable=lambda w, name: w # packed experts, as the kernels want them: `Ops.prepare`
+                 prepare:Callable=lambda w, name: w # packed experts, as the kernels want them: Ops.prepare
                 )->dict[str, torch.Tensor|MXFP4]: # or a CheckpointError
     "Every weight by our names"
     check_tensors(checkpoint, c)
@@ -544,14 +544,14 @@ def load_model(path=None, # folder of a checkpoint, or a Checkpoint; None = the 
                shard:Shard=Shard(), # our rank
                progress:bool|None=None, # show a bar? None = on a terminal
                admit:Callable=lambda c, dtype, device: None, # may refuse the model before it is read
-               batch_invariant:bool=False # as for `choose_ops`
+               batch_invariant:bool=False # as for choose_ops
               )->Transformer: # or a CheckpointError
     "Read a checkpoint and return a model that is ready to run"
     checkpoint = path if isinstance(path, Checkpoint) else Checkpoint(path or tiny_path())
     c = read_config(checkpoint)
     if device == "auto": device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = pick_dtype(dtype, c, torch.device(device))
-    check_count(checkpoint, c) # `admit` counts bytes tensor by tensor
+    check_count(checkpoint, c) # admit counts bytes tensor by tensor
     admit(c, dtype, device)
     ops = choose_ops(device, dtype, batch_invariant)
     return Transformer(c, load_weights(checkpoint, c, dtype, device, shard, progress=progress, prepare=ops.prepare), ops, shard)

@@ -63,9 +63,9 @@ def expert_mlp(x:torch.Tensor, # [tokens, H]
 
 # %% ../nbs/08_moe.ipynb #3a56210f
 def moe_naive(x:torch.Tensor, # [T, H]
-              weights:torch.Tensor, # [T, k], from `route`
+              weights:torch.Tensor, # [T, k], from route
               ids:torch.Tensor, # [T, k]
-              *experts # the last five arguments of `expert_mlp`
+              *experts # the last five arguments of expert_mlp
              )->torch.Tensor: # [T, H]
     "For each token, the weighted sum of its experts' outputs"
     return torch.stack([sum(w * expert_mlp(row[None], e, *experts)[0] for w, e in zip(ws, es.tolist()))
@@ -81,7 +81,7 @@ def by_expert(ids:torch.Tensor # [T, k]
     return order, hit.tolist(), counts.tolist()
 
 # %% ../nbs/08_moe.ipynb #aa459950
-def moe_grouped(x:torch.Tensor, weights:torch.Tensor, ids:torch.Tensor, *experts # as in `moe_naive`
+def moe_grouped(x:torch.Tensor, weights:torch.Tensor, ids:torch.Tensor, *experts # as in moe_naive
                )->torch.Tensor:
     "The same sum, with one matrix product per expert that was picked"
     order, hit, counts = by_expert(ids)
@@ -91,7 +91,7 @@ def moe_grouped(x:torch.Tensor, weights:torch.Tensor, ids:torch.Tensor, *experts
     return (y * weights[..., None]).sum(1).to(x.dtype)
 
 # %% ../nbs/08_moe.ipynb #e89f04ff
-def moe_dense(x:torch.Tensor, weights:torch.Tensor, ids:torch.Tensor, # as in `moe_naive`
+def moe_dense(x:torch.Tensor, weights:torch.Tensor, ids:torch.Tensor, # as in moe_naive
               gate_up:torch.Tensor, gate_up_bias:torch.Tensor|None, # dense only
               down:torch.Tensor, down_bias:torch.Tensor|None, activation:Callable
              )->torch.Tensor:

@@ -40,7 +40,7 @@ class Ops:
     moe:Callable=moe
     sample:Callable=sample
     top_logprobs:Callable=top_logprobs
-    prepare:Callable=keep # puts a weight of four-bit experts, at load, into the order that `moe` wants
+    prepare:Callable=keep # puts a weight of four-bit experts, at load, into the order that moe wants
     asks_cpu:bool=True # does any of them look at a tensor's values between launches? Then no CUDA graph can hold them
     options:dict=field(default_factory=dict) # what all kernels were told, such as pdl=True
     why:dict[str, str]=field(default_factory=dict) # operation -> why this implementation
@@ -57,7 +57,7 @@ class Ops:
         h, x = self.norm(x, more, norm_weight, eps)
         return self.linear(h, weight, bias), x
 
-    def norm_route(self, x, more, norm_weight, eps, weight, bias, top_k, **how): # -> [T, H], [T, k] twice as of `route`, [T, H]
+    def norm_route(self, x, more, norm_weight, eps, weight, bias, top_k, **how): # -> [T, H], [T, k] twice as of route, [T, H]
         "The normalized sum, where the router sends it, and the sum"
         chosen = self.fused.get("norm_route", nothing)(x, norm_weight, eps, weight, bias, top_k, **how) if more is None else None
         if chosen is not None: return *chosen, x
@@ -83,7 +83,7 @@ def told(f:Callable, options:dict)->Callable:
     return update_wrapper(partial(f, **known), f) if known else f
 
 def triton_ops(**options # for all that know them
-              )->dict: # of `Ops`
+              )->dict: # of Ops
     "Our kernels"
     from simplellm.kernels.norm import rms_norm
     from simplellm.kernels.linear import linear, linear_add, norm_linear
@@ -103,7 +103,7 @@ def starts_early(device)->bool:
     gpu = torch.device(device).type == "cuda" and torch.cuda.is_available()
     return gpu and torch.cuda.get_device_capability(device) >= (9, 0)
 
-def kernel_options(device, batch_invariant:bool, pdl:bool|None # as in `choose_ops`
+def kernel_options(device, batch_invariant:bool, pdl:bool|None # as in choose_ops
                   )->dict:
     "What all kernels are told"
     early = dict(pdl=True) if (starts_early(device) if pdl is None else pdl) else {}

@@ -27,7 +27,7 @@ SPLITS = dict(vocab=0, heads=0, column=0, row=1, expert_column=1, expert_row=2) 
 
 # %% ../nbs/18_parallel.ipynb #323f69cc
 def part(x:torch.Tensor, # the whole weight
-         rule:str|None, # a key of `SPLITS`, "once", or None = everybody has the whole
+         rule:str|None, # a key of SPLITS, "once", or None = everybody has the whole
          shard:Shard,
          unit:int=1, # neighbours that stay together: the numbers of one head, a gate and its up
          name:str="tensor" # for the error

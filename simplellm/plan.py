@@ -28,9 +28,9 @@ def step_bytes(c:ModelConfig,
     return dict(dense=size["dense"], experts=size["experts"] * distinct_experts(c, batch) / max(c.num_experts, 1),
                 cache=batch * 2 * c.num_kv_heads * c.head_dim * itemsize * seen)
 
-def ceiling(c:ModelConfig, batch:int, context:float, # as in `step_bytes`
+def ceiling(c:ModelConfig, batch:int, context:float, # as in step_bytes
             bandwidth:float, # bytes per second
-            itemsize:int=2 # as in `step_bytes`
+            itemsize:int=2 # as in step_bytes
            )->float: # output tokens per second
     "The speed that reading memory allows"
     return batch * bandwidth / sum(step_bytes(c, batch, context, itemsize).values())
@@ -39,7 +39,7 @@ def ceiling(c:ModelConfig, batch:int, context:float, # as in `step_bytes`
 KNOWN = dict(weights="exact", activations="estimated", graphs="recordings assumed", # how well each part is known
              CUDA="context and libraries: assumed", cache="what is left")
 
-def speeds(c:ModelConfig, batches:list[int], context:float, bandwidth:float, itemsize:int=2 # as in `ceiling`
+def speeds(c:ModelConfig, batches:list[int], context:float, bandwidth:float, itemsize:int=2 # as in ceiling
           )->dict[str, tuple]: # batch -> experts, GB, tokens per second
     "The floor of decode steps"
     size = {b: sum(step_bytes(c, b, context, itemsize).values()) for b in batches}
@@ -47,7 +47,7 @@ def speeds(c:ModelConfig, batches:list[int], context:float, bandwidth:float, ite
                              f"{ceiling(c, b, context, bandwidth, itemsize):,.0f} tok/s") for b, n in size.items()}
     return {"": ("distinct experts", "per step", "ceiling")} | rows
 
-def plan(model=None, # as in `config_files`, also synthetic:...; None = the shipped model
+def plan(model=None, # as in config_files, also synthetic:...; None = the shipped model
          memory:float=80e9, # of the GPU, in bytes
          bandwidth:float=4.3e12, # bytes per second
          context:float=640, # mean tokens in the cache, for the ceilings

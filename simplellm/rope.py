@@ -74,14 +74,14 @@ def rope_table(rope:RopeConfig,
 
 # %% ../nbs/06_rope.ipynb #3b4e6c39
 def token_angles(positions:torch.Tensor, # [tokens], each below the table's length
-                 table:torch.Tensor # from `rope_table`
+                 table:torch.Tensor # from rope_table
                 )->tuple[torch.Tensor, torch.Tensor]: # [tokens, 1, head_dim]: cos | cos and -sin | sin
     "What each channel of a token is multiplied by, and what its partner is"
     cos, sin = table[positions].unsqueeze(1).chunk(2, -1)
     return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
 
 def turn(x:torch.Tensor, # [tokens, heads, head_dim]
-         cos:torch.Tensor, sin:torch.Tensor # from `token_angles`
+         cos:torch.Tensor, sin:torch.Tensor # from token_angles
         )->torch.Tensor: # like x
     "Turn every pair (i, i + head_dim/2) of every head"
     wide = x.float()
@@ -90,7 +90,7 @@ def turn(x:torch.Tensor, # [tokens, heads, head_dim]
 
 def apply_rope(x:torch.Tensor, # [tokens, heads, head_dim]
                positions:torch.Tensor, # [tokens], each below the table's length
-               table:torch.Tensor # from `rope_table`
+               table:torch.Tensor # from rope_table
               )->torch.Tensor: # like x
     "Turn every head by its token's position"
     return turn(x, *token_angles(positions, table))

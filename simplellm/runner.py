@@ -25,7 +25,7 @@ def scores_prompt(r:Request)->bool:
 
 # %% ../nbs/25_runner.ipynb #e26a2f10
 def make_rows(step:Step, # what the scheduler decided
-             )->list[tuple]: # for `make_batch`: new tokens, num_computed, block table, wanted logits
+             )->list[tuple]: # for make_batch: new tokens, num_computed, block table, wanted logits
     "One row for each request of the step"
     rows = []
     for r, n in zip(step.requests, step.num_new):
@@ -46,7 +46,7 @@ class Output:
 def score(logits:Tensor, # [n, vocab]
           tokens:list[int], # the token that came after each
           ks:list[int], # likeliest tokens to report for each; -1 = all
-          top_logprobs:Callable=top_logprobs # `Ops.top_logprobs`
+          top_logprobs:Callable=top_logprobs # Ops.top_logprobs
          )->list[tuple]: # per row: ids, logprobs (the given token first, then the likeliest), rank of the given token
     "Log-probabilities in plain Python"
     k = -1 if -1 in ks else max(ks)
@@ -60,7 +60,7 @@ def as_they_are(logits:Tensor)->Tensor: "For a model that gives logits at once";
 def split_rows(step:Step, # what was computed
                states:Tensor, # [N, ...] the rows that were wanted
                words:Callable=as_they_are, # what makes logits [N, vocab] of them
-               score:Callable=score # with the model's `top_logprobs`
+               score:Callable=score # with the model's top_logprobs
               )->tuple[Tensor, dict]: # logits to sample from; Output.prompt_logprobs
     "Tell rows to sample from and rows that score prompts apart"
     if not any(map(scores_prompt, step.requests)): return words(states), {}
@@ -77,7 +77,7 @@ SLICE = 64 # rows of logits that exist at a time
 
 def score_prompt(r:Request, # before the step's update
                  states:Tensor, # [n, ...] of its tokens from num_computed on
-                 words:Callable=as_they_are, score:Callable=score # as in `split_rows`
+                 words:Callable=as_they_are, score:Callable=score # as in split_rows
                 )->list[tuple]: # of the prompt tokens after each
     "Scores of the prompt tokens that follow those computed now"
     after, found = r.tokens[r.num_computed + 1:r.num_prompt][:len(states)], []
@@ -90,7 +90,7 @@ def score_prompt(r:Request, # before the step's update
 def score_sampled(requests:list[Request], # one per row
                   logits:Tensor, # [N, vocab]
                   ids:list[int], # what was sampled
-                  score:Callable=score # as in `split_rows`
+                  score:Callable=score # as in split_rows
                  )->dict[Request, tuple]: # Output.logprobs
     "Scores of sampled tokens, for those who asked"
     asked = [(i, r) for i, r in enumerate(requests) if r.params.logprobs is not None]
@@ -114,7 +114,7 @@ class Launched:
     event:object=None # when they are there; None = now
     logits:Tensor|None=None # [N, vocab], where somebody asked for scores
     prompt_logprobs:dict[Request, tuple]=field(default_factory=dict) # as in Output
-    score:Callable=score # as in `split_rows`
+    score:Callable=score # as in split_rows
 
     def output(self)->Output:
         "Wait for its tokens"
@@ -138,7 +138,7 @@ class Runner:
                  model, # a Transformer, or any function (batch, kv) -> logits
                  kv:KVCache, # where keys and values live
                  device="cpu", # where the model lives
-                 graphs=None # `Graphs` of its decode steps
+                 graphs=None # Graphs of its decode steps
                 ):
         ops = getattr(model, "ops", Ops())
         self.kv, self.device, self.graphs, self.sample = kv, device, graphs, ops.sample

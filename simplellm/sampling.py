@@ -186,8 +186,8 @@ def edit(logits:Tensor, # [N, V]
     return out.index_put(e.at.unbind(), x - frequency * said - presence * (said > 0))
 
 # %% ../nbs/09_sampling.ipynb #df14e212
-def row_edits(r # a Request, as of `banned_ids`
-             )->dict[int, tuple[float, int, bool]]: # token id -> an entry of `Edits.change`
+def row_edits(r # a Request, as of banned_ids
+             )->dict[int, tuple[float, int, bool]]: # token id -> an entry of Edits.change
     "What happens to the tokens of one request"
     p, said, seen = r.params, Counter(), set()
     if p.penalized: said, seen = Counter(r.tokens[r.num_prompt:]), set(r.tokens)
@@ -252,7 +252,7 @@ def waiting_times(seeds:Tensor, # [N] int64
     return -torch.log1p(-as_uniform(scramble(scramble(tokens + a & _LOW) ^ b)))
 
 def pick(weights:Tensor, # [N, V] >= 0, need not sum to 1
-         times:Tensor # [N, V] from `waiting_times`
+         times:Tensor # [N, V] from waiting_times
         )->Tensor: # [N] int64
     "The token that arrives first: it waits `times / weights`"
     return (weights / times).argmax(-1)

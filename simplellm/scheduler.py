@@ -55,7 +55,7 @@ class Step:
     "What the model computes next"
     requests:list[Request] # one row of the batch each
     num_new:list[int] # how many tokens of each, from its num_computed on
-    sampling:list[Request] # those whose last token is among them; `requests` itself if all are
+    sampling:list[Request] # those whose last token is among them; requests itself if all are
 
 # %% ../nbs/24_scheduler.ipynb #ee8bda47
 def give(step:Step, r:Request, budget:int)->int:
@@ -259,8 +259,8 @@ class Scheduler(Queues):
 
     def repeat(self)->Step|None: return repeat(self, self.max_seqs) # the step under way once more, if that is certain
 
-    def update(self, step:Step, # what `schedule` returned
-               ids:list[int] # a new token for each of `step.sampling`
+    def update(self, step:Step, # what schedule returned
+               ids:list[int] # a new token for each of step.sampling
               )->list[Request]: # those that ended
         "Note what a step computed and what was sampled"
         if step.sampling is not step.requests: advance(step, self.pool)

@@ -54,7 +54,7 @@ CONFIGS = {"gpt-oss-120b": gpt_oss_json(36, 128), "gpt-oss-20b": gpt_oss_json(24
 GENERATION = dict(bos_token_id=199998, do_sample=True, eos_token_id=[200002, 199999, 200012], pad_token_id=199999) # of gpt-oss
 
 # %% ../nbs/22_synthetic.ipynb #f1d9e34e
-def config_files(model # a key of `CONFIGS`, a folder in either layout, a config.json, or its object
+def config_files(model # a key of CONFIGS, a folder in either layout, a config.json, or its object
                 )->tuple[dict, dict]: # config.json, generation_config.json
     "Both configurations of a model; the second may be empty"
     if isinstance(model, dict): return model, {}
@@ -98,7 +98,7 @@ def words(key:int, # of the tensor, an int64
     return fold(x, 31)
 
 # %% ../nbs/22_synthetic.ipynb #29067bf0
-BELL = math.sqrt(4*(64**2 - 1)/12) # spread of `bell`
+BELL = math.sqrt(4*(64**2 - 1)/12) # spread of bell
 
 def bell(w:Tensor # [n] int64, random
         )->Tensor: # [2n] int32, -126 to 126
@@ -143,7 +143,7 @@ def piece(row:Row, # which tensor
     return cast(w, row, dtype)[start - first*each : stop - first*each]
 
 # %% ../nbs/22_synthetic.ipynb #0a00a357
-def synthetic_tensor(row:Row, seed:int, dtype=torch.bfloat16, device="cpu", # as in `piece`
+def synthetic_tensor(row:Row, seed:int, dtype=torch.bfloat16, device="cpu", # as in piece
                      size:int=2**22 # elements computed at a time
                     )->Tensor: # in the file's shape
     "A whole synthetic tensor, with little memory beside its own"
@@ -172,7 +172,7 @@ def lay_out(rows:list[Row], # all tensors
 class Synthetic(Checkpoint):
     "A checkpoint that computes its tensors instead of reading them"
     def __init__(self,
-                 model, # see `config_files`
+                 model, # see config_files
                  layers:int|None=None, # keep the first of them; None = all
                  seed:int=0,
                  device="auto", # where tensors are computed; auto = a GPU if there is one
@@ -190,7 +190,7 @@ class Synthetic(Checkpoint):
         ends = [t for d in (self.config, self.generation) for t in token_ids(d, name)]
         return {"dtype": self.config.get("torch_dtype", "bfloat16")} | self.config | dict(eos_token_id=list(dict.fromkeys(ends)))
 
-    def get(self, name:str)->Tensor: # on `device`
+    def get(self, name:str)->Tensor: # on device
         self.entry(name) # refuses unknown names
         return synthetic_tensor(self.rows[name], self.seed, self.dense, self.device)
 
@@ -200,7 +200,7 @@ PREFIX = "synthetic:"
 def is_synthetic(model)->bool: "Is it the name of a synthetic model?"; return isinstance(model, str) and model.startswith(PREFIX)
 
 def open_synthetic(text:str, # such as synthetic:gpt-oss-120b?layers=2&seed=1
-                   device="auto" # as in `Synthetic`
+                   device="auto" # as in Synthetic
                   )->Synthetic:
     "The checkpoint that a name describes"
     model, _, query = text.removeprefix(PREFIX).partition("?")

@@ -240,7 +240,7 @@ def read_steps(normalizer:dict|None # the normalizer section
     expressible(not kind or old, f"normalizer {kind}, expected a Unicode normal form, Prepend or Replace of a String")
     return (lambda text: text.replace(old, n["content"]),) if kind else ()
 
-def apply(steps:Iterable[Callable], text:str)->str: return reduce(lambda text, step: step(text), steps, text)
+def apply(steps:Iterable[Callable], text:str)->str: "One after the other"; return reduce(lambda text, step: step(text), steps, text)
 
 # %% ../nbs/02_tokenizer.ipynb #5a6ead3e
 def read_around(post:dict|None # the post_processor section
@@ -265,7 +265,7 @@ def plain(token:str)->bytes:
 
 def character_ranks(vocab:dict[str, int], # every token with its id
                     order:dict[str, int] # characters, then merged tokens in order of rank
-                   )->dict[bytes, int|None]: # as in `Vocabulary`
+                   )->dict[bytes, int|None]: # as in Vocabulary
     "Merging characters as merging bytes"
     begun = {char.encode()[:n]: None for char in order if len(char) == 1 for n in range(2, len(char.encode()))}
     return {byte: vocab[name] for name, byte in BYTE_NAMES.items()} | begun | {plain(t): i for t, i in order.items()}
@@ -273,6 +273,7 @@ def character_ranks(vocab:dict[str, int], # every token with its id
 # %% ../nbs/02_tokenizer.ipynb #d2415683
 def prefix_scheme(meta:dict # a Metaspace section
                  )->str: # "never", "first" or "always"
+    "Where a space is put before the text"
     return meta.get("prepend_scheme") or ("always" if meta.get("add_prefix_space", True) else "never")
 
 def read_metaspace(pre:dict|None, # the pre_tokenizer section
@@ -302,7 +303,7 @@ def character_alphabet(vocab:dict[str, int], merges:list[tuple[str, str]], names
 def read_ranks(model:dict, # the model section
                names:set[str], # of added tokens
                spaced:bool # whether it merges characters, like Llama 2 and Mixtral, or bytes, like GPT-2 and its heirs
-              )->dict[bytes, int|None]: # as in `Vocabulary`
+              )->dict[bytes, int|None]: # as in Vocabulary
     "What merging makes, in order"
     vocab, names = model["vocab"], names | BYTE_NAMES.keys() if spaced else names
     merges = read_merges(model["merges"], names)
@@ -352,7 +353,7 @@ def finder(names:Iterable[str])->re.Pattern|None:
     return re.compile(f"({'|'.join(names)})") if names else None
 
 # %% ../nbs/02_tokenizer.ipynb #350a8ba3
-def cut_out(text:str, found:re.Pattern|None # from `finder`
+def cut_out(text:str, found:re.Pattern|None # from finder
            )->Iterator[tuple[str, bool]]: # text, and whether it is an added token
     "Alternately ordinary text and added tokens"
     for i, piece in enumerate(found.split(text) if found else [text]):
@@ -378,7 +379,7 @@ def byte_table(v:Vocabulary)->list[bytes]: # index = id
     return [table.get(i, b"") for i in range(high + 1)]
 
 # %% ../nbs/02_tokenizer.ipynb #2424572c
-def spelled_ids(tokens:dict[bytes, int|None] # as in `Vocabulary`
+def spelled_ids(tokens:dict[bytes, int|None] # as in Vocabulary
                )->list[list[int]]: # index = rank
     "The ids that each rank is written as"
     return [[tokens[token[n:n+1]] for n in range(len(token))] if i is None else [i] for token, i in tokens.items()]
@@ -406,7 +407,7 @@ class Tokenizer:
         ranks = v.tokens if ascending else dict(zip(v.tokens, count()))
         self.encoding = tiktoken.Encoding("simplellm", pat_str=v.pattern, mergeable_ranks=ranks, special_tokens={})
 
-    def encode(self, text:str, allow_special:bool=False, # whether `<|end|>` in the text is that token
+    def encode(self, text:str, allow_special:bool=False, # whether <|end|> in the text is that token
                add_special_tokens:bool=False, # whether to put the ids around it that open and close a prompt
                first:bool=True # whether the text is where a prompt begins
               )->list[int]:

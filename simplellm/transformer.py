@@ -24,7 +24,7 @@ class Transformer:
     "`model(batch, kv) -> logits`"
     def __init__(self,
                  config:ModelConfig, # what to build
-                 weights:dict, # name -> tensor, this rank's part; `lay_out` may re-order them
+                 weights:dict, # name -> tensor, this rank's part; lay_out may re-order them
                  ops:Ops|None=None, # implementations; None = chosen for the weights' device
                  shard:Shard=Shard(), # which part of the model this is
                  all_reduce:Callable|None=None): # adds up tensors of all ranks; None = torch.distributed if need be
@@ -61,12 +61,12 @@ class Transformer:
         return norm((x if more is None else x + more)[batch.logits_rows], self.final_norm, eps)
 
     @torch.inference_mode()
-    def words(self, x:Tensor)->Tensor: # [N, H] of `states` -> [N, vocab_size] float32
+    def words(self, x:Tensor)->Tensor: # [N, H] of states -> [N, vocab_size] float32
         "Logits of every word; of many rows some at a time, where memory is short"
         logits, cap = score_words(x, self.lm_head, self.ops, self.config.vocab_size, *self.share), self.config.logit_softcap
         return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
 
-    def think(self, x:Tensor, more:Tensor|None, m:MoeWeights|MlpWeights, active:Tensor|None=None)->tuple[Tensor, Tensor|None]: # as of `mlp_layer`
+    def think(self, x:Tensor, more:Tensor|None, m:MoeWeights|MlpWeights, active:Tensor|None=None)->tuple[Tensor, Tensor|None]: # as of mlp_layer
         "The half of a layer that treats each token alone"
         c = self.config
         if isinstance(m, MlpWeights): return mlp_layer(x, more, m, self.activation, self.ops, c.rms_eps, self.sum)

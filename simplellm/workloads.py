@@ -32,7 +32,7 @@ SHAPES = {
     "chat-serving": dict(short=Shape(8, 3, 32, 16, 16, 24, .6), mid=Shape(32, 5, 128, 64, 64, 128, .8), long=Shape(64, 10, 256, 128, 128, 256, .8)),
     "alpaca": dict(short=Shape(512, 1, 0, 18, 0, 16, .6), mid=Shape(512, 1, 0, 18, 0, 64, .6), long=Shape(512, 1, 0, 18, 0, 256, .6))}
 
-def find_shape(workload:str, preset:str="short", **changes)->Shape: # keys of `SHAPES`; fields of Shape, None = leave it
+def find_shape(workload:str, preset:str="short", **changes)->Shape: # keys of SHAPES; fields of Shape, None = leave it
     "A preset, changed where asked"
     check(workload in SHAPES, "workload", workload, "one of " + ", ".join(SHAPES))
     check(preset in SHAPES[workload], "preset", preset, "one of " + ", ".join(SHAPES[workload]))
