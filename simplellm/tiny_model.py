@@ -41,13 +41,18 @@ SPECIAL = [f"<|{name}|>" for name in """startoftext endoftext reserved_200000 re
     reserved_200014 reserved_200015 reserved_200016 reserved_200017 endofprompt""".split()]
 
 # %% ../nbs/40_tiny_model.ipynb #6f56a925
-def learn_vocabulary(texts:list[str], # with special tokens written out
-                     n:int=450 # tokens besides letters after a space
+def learn_vocabulary(samples:list[list[str]], # pieces of text, with special tokens written out
+                     n:int=400, # tokens besides letters after a space
+                     common:float=.05 # words that requests are about stay letters unless so many are in a sample
                     )->list[bytes]:
     "Letters after a space, then the words whose own token saves most"
-    counts = collections.Counter(w for t in texts for s in re.split(r"<\|\w+\|>", t) for w in regex.findall(PATTERN, s))
+    texts = [s for pieces in samples for t in pieces for s in re.split(r"<\|\w+\|>", t)]
+    counts = collections.Counter(w for s in texts for w in regex.findall(PATTERN, s))
+    spelt = {*tiny_tasks.NOUNS, *tiny_tasks.VERBS, *tiny_tasks.ADJECTIVES}
+    def wanted(w, n): return n > common*len(samples) or "".join(filter(str.isalpha, w.lower())) not in spelt
     letters = [b" " + bytes([b]) for b in range(128) if chr(b).isalpha()]
-    saved = {w.encode(): n * (len(w.encode())-1) for w, n in counts.items() if len(w) > 2 or not w.isalpha()}
+    saved = {w.encode(): n * (len(w.encode())-1) for w, n in counts.items()
+             if (len(w) > 2 or not w.isalpha()) and wanted(w, n)}
     best = sorted((w for w in saved if len(w) > 1 and w not in letters), key=lambda w: (-saved[w], w))
     return letters + best[:n]
 
@@ -58,7 +63,7 @@ def encoding(words:list[bytes])->tiktoken.Encoding:
                              special_tokens={s: len(tokens)+i for i, s in enumerate(SPECIAL)})
 
 # %% ../nbs/40_tiny_model.ipynb #8afcdb18
-STEPS = 21500 # of a whole run
+STEPS = 22000 # of a whole run
 SHARED = "Channel must be included for every message" # ends what all conversations have in common
 WIDTHS = (56, 72, 88, 104, 128, 160, 208, 288, 384) # tokens per row
 EFFORTS = ("low", "medium", "high", "high")
@@ -232,7 +237,7 @@ def balance_loss(logits:Tensor, g:Tensor, # [tokens, experts]
 def layer(x:Tensor, # [tokens, H]
           w:dict[str, Tensor], c:ModelConfig, shape:tuple, # P, Lp, B, S
           prefix:Tensor, # [B, P] one-hot
-          positions:Tensor, table:Tensor, # [tokens]; from `rope_table`
+          positions:Tensor, table:Tensor, # [tokens]; from rope_table
           mask_prefix:Tensor, mask_row:Tensor, real:Tensor)->tuple[Tensor, Tensor]: # x, balance loss
     "One transformer layer over prefixes and rows"
     (P, Lp, B, S), D = shape, c.head_dim
@@ -448,7 +453,7 @@ def new_run(seed:int=1, samples:int=12000 # for the vocabulary
     "A vocabulary and random weights"
     rng = random.Random(seed)
     drawn = (tiny_tasks.harmony(tiny_tasks.sample(rng)) for _ in range(samples))
-    words = learn_vocabulary(["".join(text for text, _ in pieces) for pieces in drawn])
+    words = learn_vocabulary([[text for text, _ in pieces] for pieces in drawn])
     c = tiny_config(256 + len(words) + len(SPECIAL))
     p = init_weights(c, seed)
     return Run(c, words, p, Optimizer(p))
@@ -493,7 +498,7 @@ def train(folder:str|Path, # gets run.pt and log.jsonl
           seed:int=1, steps:int=STEPS,
           bf16:bool=True # multiply in bfloat16, which only processors that can are fast at
          )->Run:
-    "Train the shipped model, or go on with it; 100 minutes on two CPU cores with AMX"
+    "Train the shipped model, or go on with it; two hours on two CPU cores with AMX"
     (folder := Path(folder)).mkdir(parents=True, exist_ok=True)
     torch._dynamo.config.recompile_limit = 64 # one per shape of a batch, and more
     torch.set_flush_denormal(True) # computing with them is slow

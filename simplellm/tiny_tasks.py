@@ -4,24 +4,25 @@
 
 # %% auto #0
 __all__ = ['TASKS', 'PHRASES', 'CHOICES', 'WORDS', 'NOUNS', 'VERBS', 'ADJECTIVES', 'NAMES', 'ANSWERS', 'TREES', 'UNSEEN', 'SEEN',
-           'TOPIC_WORDS', 'STRANGE', 'PHRASE_WORDS', 'COMMON', 'PLAIN_WORDS', 'SLOTS', 'QUOTES', 'LIST_FORMS', 'ASK',
-           'JSON_TASKS', 'KNOWN_TOOLS', 'TOOL_ARGS', 'TOOL_VERBS', 'TOOL_NOUNS', 'ARG_VALUES', 'TOPICS', 'MAKE',
-           'WEIGHTS', 'Sample', 'sections', 'read', 'parse', 'expand', 'pick', 'held_out', 'words_in', 'familiar',
-           'phrase', 'asked', 'typo', 'recased', 'styled', 'cased', 'thing', 'too_long', 'fill', 'dressed', 'number',
-           'close', 'tricky', 'pair', 'negated', 'four', 'add_steps', 'sub_steps', 'sign', 'signs', 'sum_lines',
-           'think_add', 'think_sub', 'times_digit', 'think_mul', 'think_compare', 'say_compare', 'Core', 'added',
-           'subtracted', 'multiplied', 'compared', 'in_words', 'other_signs', 'with_numbers', 'swapped', 'ask_add',
-           'ask_subtract', 'small_pair', 'ask_multiply', 'ask_compare', 'made_up', 'derived', 'any_word', 'word',
-           'some_list', 'quoted', 'worded', 'texted', 'bare_list', 'listed', 'at_end', 'think_reverse', 'indices',
-           'think_reverse_list', 'spelled', 'sort_key', 'think_sort', 'shown_list', 'reversed_word', 'reversed_list',
-           'copied', 'uppered', 'ask_reverse', 'some_text', 'ask_copy', 'ask_upper', 'to_sort', 'sort_pattern',
-           'ask_sort', 'user', 'answer', 'neutral', 'spelt', 'one_turn', 'joined', 'some_key', 'json_object',
-           'json_wish', 'json_turn', 'make_json_holding', 'place_wish', 'make_json', 'made_tool', 'some_tools',
-           'schema', 'declared', 'arg_value', 'typed_arg', 'known_pattern', 'made_pattern', 'tool_request', 'some_day',
-           'plain_value', 'long_value', 'some_result', 'plain', 'say_result', 'think_call', 'call_style',
-           'earlier_turn', 'make_tool_result', 'needless', 'make_tool', 'small_talk', 'topic_question', 'make_about',
-           'make_decline', 'their', 'again', 'same_with', 'follow_number', 'follow_words', 'follow', 'linked', 'fresh',
-           'make_followup', 'sample', 'cut_thinking', 'cut_final', 'answer_pieces', 'compact', 'harmony', 'check']
+           'PLAIN', 'TOPIC_WORDS', 'STRANGE', 'PHRASE_WORDS', 'COMMON', 'PLAIN_WORDS', 'SLOTS', 'QUOTES', 'LIST_FORMS',
+           'ASK', 'JSON_TASKS', 'KNOWN_TOOLS', 'TOOL_ARGS', 'TOOL_VERBS', 'TOOL_NOUNS', 'ARG_VALUES', 'TOPICS', 'MAKE',
+           'WEIGHTS', 'LETTER', 'FIXED', 'Sample', 'sections', 'read', 'parse', 'expand', 'pick', 'held_out',
+           'words_in', 'familiar', 'phrase', 'asked', 'typo', 'recased', 'styled', 'cased', 'thing', 'too_long', 'fill',
+           'dressed', 'number', 'close', 'tricky', 'pair', 'negated', 'four', 'add_steps', 'sub_steps', 'sign', 'signs',
+           'sum_lines', 'think_add', 'think_sub', 'times_digit', 'think_mul', 'think_compare', 'say_compare', 'Core',
+           'added', 'subtracted', 'multiplied', 'compared', 'in_words', 'other_signs', 'with_numbers', 'swapped',
+           'ask_add', 'ask_subtract', 'small_pair', 'ask_multiply', 'ask_compare', 'made_up', 'derived', 'any_word',
+           'word', 'some_list', 'quoted', 'worded', 'texted', 'bare_list', 'listed', 'at_end', 'think_reverse',
+           'indices', 'think_reverse_list', 'spelled', 'sort_key', 'think_sort', 'shown_list', 'reversed_word',
+           'reversed_list', 'copied', 'uppered', 'ask_reverse', 'some_text', 'ask_copy', 'ask_upper', 'to_sort',
+           'sort_pattern', 'ask_sort', 'user', 'answer', 'neutral', 'spelt', 'one_turn', 'joined', 'some_key',
+           'json_object', 'json_wish', 'json_turn', 'make_json_holding', 'place_wish', 'make_json', 'made_tool',
+           'some_tools', 'schema', 'declared', 'arg_value', 'typed_arg', 'known_pattern', 'made_pattern',
+           'tool_request', 'some_day', 'plain_value', 'long_value', 'some_result', 'plain', 'say_result', 'think_call',
+           'call_style', 'earlier_turn', 'make_tool_result', 'needless', 'make_tool', 'small_talk', 'topic_question',
+           'make_about', 'make_decline', 'their', 'again', 'same_with', 'follow_number', 'follow_words', 'follow',
+           'linked', 'fresh', 'make_followup', 'sample', 'letters', 'cut', 'cut_thinking', 'cut_final', 'answer_pieces',
+           'compact', 'harmony', 'check']
 
 # %% ../nbs/39_tiny_tasks.ipynb #83a11e1d
 import json, re
@@ -52,7 +53,7 @@ class Sample:
     spell:str = "" # the part of the answer that is written letter by letter
 
 # %% ../nbs/39_tiny_tasks.ipynb #06c6bb6c
-def sections(text:str # `[name]` lines followed by their own lines; `#` begins a comment
+def sections(text:str # [name] lines followed by their own lines; # begins a comment
             )->dict[str,list[str]]: # lines by name
     "A phrase file as lists of lines"
     out = {}
@@ -114,6 +115,7 @@ def familiar(s:str, section:str)->bool:
 UNSEEN = {k: [t for line, t in zip(PHRASES[k], ts) if len(ts) > 19 and line[0] != "!" and held_out("line "+line, 10)
               and familiar(line, k)] for k, ts in TREES.items()} # lines for tests only
 SEEN = {k: [(t, line[0] == "!") for line, t in zip(PHRASES[k], ts) if t not in UNSEEN[k]] for k, ts in TREES.items()}
+PLAIN = {k: [t for t, always in pairs if always] for k, pairs in SEEN.items()}
 
 # %% ../nbs/39_tiny_tasks.ipynb #a3ff0995
 def phrase(section:str, rng:Random,
@@ -122,12 +124,13 @@ def phrase(section:str, rng:Random,
     "A sentence of a section"
     if split == "any": return expand(pick(TREES[section], rng), rng)
     if split == "test" and UNSEEN[section] and rng.random() < .5: return expand(pick(UNSEEN[section], rng), rng)
+    if split == "train" and PLAIN[section] and rng.random() < .25: return expand(pick(PLAIN[section], rng), rng)
     for _ in range(60):
         tree, always = pick(SEEN[section], rng)
         s = expand(tree, rng)
         kept = not always and held_out(s) and familiar(s, section)
         if kept == (split == "test"): return s
-    return s
+    return expand(pick(UNSEEN[section], rng), rng) if split == "test" and UNSEEN[section] else s
 
 # %% ../nbs/39_tiny_tasks.ipynb #56aab0c3
 def asked(section:str, rng:Random, split:str)->str: # slots still open
@@ -423,7 +426,7 @@ def with_numbers(p:str, rng:Random, a:int, b:int)->str:
     r = rng.random()
     if r < .12: p = re.sub(r"(\}) ([-+*x/]) (\{)", r"\1\2\3", p)
     elif r < .18: p = other_signs(p, rng)
-    words = rng.random() < .1 and 0 <= a < 100 and 0 <= b < 100
+    words = rng.random() < .16 and 0 <= a < 100 and 0 <= b < 100
     typed = in_words if words else lambda n: f"{n:,}" if n > 999 and r > .95 else str(n)
     return fill(p, rng, a=typed(a), b=typed(b))
 
@@ -489,8 +492,9 @@ def ask_compare(rng:Random, split:str)->Core:
 # %% ../nbs/39_tiny_tasks.ipynb #e33a8ce7
 def made_up(rng:Random)->str:
     "A word that nobody uses: pronounceable, or random letters"
-    n, consonants = rng.randrange(2, 10), "bcdfghjklmnprstvwz"
-    if rng.random() >= .5: return "".join(pick("abcdefghijklmnopqrstuvwxyz", rng) for _ in range(n))
+    n, consonants, alphabet = rng.randrange(2, 10), "bcdfghjklmnprstvwz", "abcdefghijklmnopqrstuvwxyz"
+    if rng.random() < .2: alphabet = "".join(rng.sample(alphabet, 3)) # the same letters again and again
+    if rng.random() >= .5 or len(alphabet) == 3: return "".join(pick(alphabet, rng) for _ in range(n))
     return "".join(pick(consonants if i % 2 else "aeiou", rng) if rng.random() < .9 else pick(consonants, rng)
                    for i in range(n))
 
@@ -506,8 +510,8 @@ def any_word(rng:Random, real:float)->str: # real: share of words that are not m
     "A word of any kind"
     r = rng.random()
     if rng.random() > real: return made_up(rng)
-    if r < .78: return pick(PLAIN_WORDS, rng)
-    if r < .85: return derived(rng)
+    if r < .74: return pick(PLAIN_WORDS, rng)
+    if r < .82: return derived(rng)
     return pick(PHRASE_WORDS if r < .92 else NAMES, rng)
 
 # %% ../nbs/39_tiny_tasks.ipynb #f74f9329
@@ -738,8 +742,8 @@ def neutral(rng:Random, split:str)->str|None:
     return fill(phrase("instructions", rng, "train" if split == "train" else "any"), rng)
 
 def spelt(core:Core)->str:
-    "What the model writes letter by letter: a word it has reversed or changed the case of"
-    return str(core.value) if core.op in ("reverse", "upper") else ""
+    "What the model writes letter by letter: an answer that is made of the user's words"
+    return core.final if core.op in ("reverse", "revlist", "copy", "upper", "sort") else ""
 
 # %% ../nbs/39_tiny_tasks.ipynb #32dbcd1d
 def one_turn(task:str)->Callable: # (rng, split) -> fields of a Sample
@@ -793,8 +797,9 @@ def json_wish(obj:dict|None, rng:Random, split:str)->str: # obj: None for a bare
 def json_turn(core:Core, obj:dict|None, text:str, instructions:str|None)->dict:
     "Fields of a sample whose answer is JSON"
     value, shape = (core.value, "list") if obj is None else (obj, ", ".join(obj))
-    return dict(instructions=instructions, value=value, spell=spelt(core), messages=[
-        user(text), answer(json.dumps(value, ensure_ascii=False), f"json {shape}\n{core.think}")])
+    final = json.dumps(value, ensure_ascii=False)
+    return dict(instructions=instructions, value=value, spell=final, messages=[
+        user(text), answer(final, f"json {shape}\n{core.think}")])
 
 # %% ../nbs/39_tiny_tasks.ipynb #fe8b1cb0
 def make_json_holding(rng:Random, split:str)->dict:
@@ -1007,9 +1012,11 @@ def make_tool_result(rng:Random, split:str)->dict:
     out = r if isinstance(r, str) else json.dumps(r, separators=pick(((", ", ": "), (", ", ": "), (",", ":")), rng))
     if isinstance(r, str) and rng.random() < .2: out = json.dumps(r)
     called = answer("", think_call(call) if rng.random() < .6 else None, call)
-    return dict(instructions=neutral(rng, split), tools=tools, value=r, style=call_style(rng), messages=[
+    final = say_result(r)
+    return dict(instructions=neutral(rng, split), tools=tools, value=r, style=call_style(rng),
+        spell=final.removeprefix("The result is"), messages=[
         user(dressed(text, rng, False)), called, dict(role="tool", name=call["name"], content=out),
-        answer(say_result(r), "use the result")])
+        answer(final, "use the result")])
 
 # %% ../nbs/39_tiny_tasks.ipynb #f14a80ce
 def needless(box:list[tuple], rng:Random, split:str)->dict|None:
@@ -1187,8 +1194,8 @@ def make_followup(rng:Random, split:str)->dict:
 # %% ../nbs/39_tiny_tasks.ipynb #3677759e
 MAKE = {t: one_turn(t) for t in ASK} | dict(json=make_json, tool=make_tool, tool_result=make_tool_result,
                                             followup=make_followup, about=make_about, decline=make_decline)
-WEIGHTS = dict(add=6, subtract=9, compare=7, multiply=8, reverse=8, copy=8, upper=8, sort=11, json=13, tool=22,
-               tool_result=3, followup=13, about=11, decline=10)
+WEIGHTS = dict(add=6, subtract=9, compare=7, multiply=8, reverse=8, copy=7, upper=8, sort=11, json=13, tool=26,
+               tool_result=4, followup=13, about=11, decline=12)
 
 # %% ../nbs/39_tiny_tasks.ipynb #e3703810
 def sample(rng:Random, task:str|None=None, # one of TASKS
@@ -1205,16 +1212,28 @@ def sample(rng:Random, task:str|None=None, # one of TASKS
     return Sample(task, effort, day, **m)
 
 # %% ../nbs/39_tiny_tasks.ipynb #d7398015
+LETTER = r" ?[^\W\d_]"
+FIXED = (r"(^(?:about|cannot|use|cmp|add|sub|mul|neg|both|signs)\b.*|" # of a line of thinking: all of it,
+         r"^(?:reverse list|reverse|copy|upper|lower|sort \w+|json)(?= )|" # its first words,
+         r"^call \w+: \w+ =|, \w+ =)") # or what is not a value
+
+def letters(text:str)->list[str]:
+    "Letters one by one, what is between them together"
+    return re.findall(rf"{LETTER}|(?:(?!{LETTER}).)+", text, re.S)
+
+def cut(text:str, fixed:str)->list[str]: # fixed: a pattern with one group
+    "Fixed parts whole, the rest letter by letter"
+    return [p for i, part in enumerate(re.split(fixed, text)) for p in ([part] if i % 2 else letters(part)) if p]
+
 def cut_thinking(text:str)->list[str]:
-    "Pieces of an analysis: lines of indexed letters symbol by symbol, the rest whole"
-    def indexed(line): return re.fullmatch(r"([1-9A-F]\S){1,15}", line) and "1" in (line[0], line[-2])
-    return [p for line in re.split(r"(\n)", text) for p in (line if indexed(line) else [line]) if p]
+    "Pieces of an analysis"
+    return [p for line in re.split(r"(\n)", text) for p in cut(line, FIXED)]
 
 def cut_final(text:str, spell:str)->list[str]:
     "Pieces of a final message: the spelt part letter by letter, the rest whole"
     if not spell or spell not in text: return [text]
     head, _, tail = text.rpartition(spell)
-    return [p for p in [head, *re.findall(r"[^\W\d_]|[\W\d_]+", spell), tail] if p]
+    return [p for p in [head, *letters(spell), tail] if p]
 
 # %% ../nbs/39_tiny_tasks.ipynb #4840d237
 def answer_pieces(s:Sample)->list[str]:
@@ -1224,7 +1243,8 @@ def answer_pieces(s:Sample)->list[str]:
         out = ["<|channel|>analysis<|message|>", *cut_thinking(last["thinking"]), "<|end|><|start|>assistant"]
     for call in last["tool_calls"]:
         head = f" to=functions.{call['name']}<|channel|>commentary <|constrain|>json<|message|>"
-        return [*out, head + json.dumps(call["arguments"], ensure_ascii=False) + "<|call|>"]
+        arguments = cut(json.dumps(call["arguments"], ensure_ascii=False), r'(^\{"\w+":|, "\w+":)')
+        return [*out, head, *arguments, "<|call|>"]
     return [*out, "<|channel|>final<|message|>", *cut_final(last["content"], s.spell), "<|return|>"]
 
 # %% ../nbs/39_tiny_tasks.ipynb #48901dee

@@ -4,8 +4,8 @@ from dataclasses import replace
 from pathlib import Path
 from random import Random
 import pytest
-from simplellm.tiny_tasks import (ASK, TASKS, check, cut_final, cut_thinking, expand, fill, harmony, held_out, parse,
-                                  sample, some_list, think_add, think_mul, think_sort, think_sub)
+from simplellm.tiny_tasks import (ASK, TASKS, answer_pieces, check, cut_final, cut_thinking, expand, fill, harmony, held_out,
+                                  parse, sample, some_list, think_add, think_mul, think_sort, think_sub)
 
 BASE = os.environ.get("TIKTOKEN_ENCODINGS_BASE")
 needs_o200k = pytest.mark.skipif(not (BASE and (Path(BASE)/"o200k_base.tiktoken").is_file()),
@@ -24,8 +24,8 @@ def last_turn(s):
 def test_the_recipe_of_the_shipped_model():
     "The checkpoint was trained on exactly these samples; whoever changes them has to train again"
     rng = Random(0)
-    seen = hashlib.sha256("".join(text(sample(rng)) for _ in range(1000)).encode()).hexdigest()
-    assert seen[:16] == "6bf1e1a8d1d7e5ed"
+    seen = hashlib.sha256("\0".join(piece for _ in range(1000) for piece, _ in harmony(sample(rng))).encode()).hexdigest()
+    assert seen[:16] == "4a419f9005ac9c07"
 
 def test_everything_comes_from_the_generator_passed_in():
     a, b = Random(3), Random(3)
@@ -78,8 +78,14 @@ def test_wordings_and_operands_of_the_test_split_are_unseen():
                 if min(a, b) >= 0: assert (split == "test") in either
 
 def test_pieces_only_cut_the_text():
-    assert "".join(cut_final('{"word": "rac"}', "rac")) == '{"word": "rac"}' and cut_final("cba", "cba") == list("cba")
-    assert cut_final("85", "") == ["85"] and "".join(cut_thinking("reverse a\n1a2b\n2b1a")) == "reverse a\n1a2b\n2b1a"
+    assert cut_final('a {"b": "cd e"}', '{"b": "cd e"}') == ["a ", '{"', "b", '": "', "c", "d", " e", '"}']
+    assert cut_final("85", "") == ["85"] and cut_final("The result is ab.", " ab.") == ["The result is", " a", "b", "."]
+    assert cut_thinking("reverse ab\n1a2b") == ["reverse", " a", "b", "\n", "1", "a", "2", "b"]
+    assert cut_thinking("call f_g: x = ab, y = c") == ["call f_g: x =", " a", "b", ", y =", " c"]
+    assert cut_thinking("cmp larger 1 2\nabout: KV cache") == ["cmp larger 1 2", "\n", "about: KV cache"]
+    for s in samples(280, 9):
+        last = s.messages[-1]
+        for whole in filter(None, (last["thinking"], last["content"])): assert whole in "".join(answer_pieces(s))
     for s in samples(140, 8):
         pieces = harmony(s)
         assert not pieces[0][1] and all(learnt for _, learnt in pieces[1:]) and all(p for p, _ in pieces)
