@@ -142,7 +142,7 @@ def feed(queue, words:list, seed:int, index:int):
         index += 1
 
 # %% ../nbs/40_tiny_model.ipynb #52dfa360
-def tiny_config(vocab:int=779, layers:int=6, hidden:int=192, inter:int=96, heads:int=6)->ModelConfig:
+def tiny_config(vocab:int=729, layers:int=6, hidden:int=192, inter:int=96, heads:int=6)->ModelConfig:
     "The architecture of the shipped model"
     rope = RopeConfig(theta=10000.0, kind="yarn", factor=4.0, original_max_position=1024, truncate=False)
     return ModelConfig("gpt_oss", vocab, hidden, layers, num_heads=heads, num_kv_heads=2, head_dim=32,
