@@ -24,7 +24,7 @@ from itertools import product
 from pathlib import Path
 import numpy as np, torch
 from tqdm import tqdm
-from .async_engine import open_model, spare_threads
+from .async_engine import open_model, prepare_thread
 from .batch import Batch, make_batch
 from .config import EngineConfig, ModelConfig, check
 from .engine import Engine, make_job
@@ -193,7 +193,7 @@ def pick_ops(text:str, device:str, dtype)->Ops: # as in stage_kinds; of the acti
     prefill, decode = (made[kinds[s]]["attention"] if s in kinds else ops.attention for s in ("prefill", "decode"))
     def attention(*args, **options): return (decode if args[6] == 1 else prefill)(*args, **options) # max_q
     chosen["attention"] = prefill if prefill is decode else attention
-    asks = ops.asks_cpu or "reference" in (kinds.get("decode"), kinds.get("moe"))
+    asks = ops.asks_cpu or "reference" in (kinds.get("decode"), kinds.get("moe"), kinds.get("sample"))
     fused = made["triton"]["fused"] if {kinds.get(s) for s in PARTS["norm_route"]} == {"triton"} else ops.fused
     plainly = {s for s, kind in kinds.items() if kind == "reference"}
     fused = {} if "fused=off" in text.split(",") else {name: f for name, f in fused.items() if not PARTS[name] & plainly}
@@ -248,7 +248,7 @@ def ablations(case:Case, device:str)->list[Case]:
     off = {"PDL": ops.options.get("pdl") and "pdl=off", "split-KV": "decode" in fast and "splits=off",
            "fused kernels": ops.fused and "fused=off", "fused QKV" + ", nor norm in it" * bool(ops.fused): "qkv=off"}
     less += [(name, dict(ops=f"{case.ops},{word}")) for name, word in off.items() if word]
-    less += [(f"{stage} kernel" + " nor graphs" * (device == "cuda" and stage in ("decode", "moe")), # as the reference asks the CPU
+    less += [(f"{stage} kernel" + " nor graphs" * (device == "cuda" and stage in ("decode", "moe", "sample")), # as the reference asks the CPU
               dict(ops=f"{case.ops},{stage}=reference")) for stage in fast]
     return [case] + [replace(case, label=f"{case.label}, no {name}", **off) for name, off in less]
 
@@ -310,13 +310,14 @@ def launch_bytes(model:Transformer, rows:int, context:float, itemsize:int, exper
 # %% ../nbs/32_bench.ipynb #dfdbb46d
 CUBLAS = "gemm", "gemv", "nvjet", "cublas", "splitk" # in the names of kernels that multiply
 
-def launched(profile, gpu:bool)->dict[str, list[float]]: # name -> µs of each launch, in their order
+def launched(profile, gpu:bool)->dict[str, list[float]]: # name -> µs that each launch took from the end of the one before, in their order
     "What ran; without a GPU these are PyTorch's operations"
-    found, spent = {}, "self_device_time_total" if gpu else "self_cpu_time_total"
+    found, last = {}, 0 # end of the launch before: a kernel may start early and wait for it
     for e in sorted(profile.events(), key=lambda e: e.time_range.start):
         if (e.device_type.name == "CUDA") != gpu: continue
         name = "cuBLAS" if gpu and any(word in e.name.lower() for word in CUBLAS) else e.name
-        found.setdefault(name, []).append(getattr(e, spent))
+        begin, last = max(e.time_range.start, last), max(e.time_range.end, last)
+        found.setdefault(name, []).append(max(e.time_range.end - begin, 0) if gpu else e.self_cpu_time_total)
     return found
 
 def kernel_rows(found:dict, known:dict, # from launched; from launch_bytes
@@ -424,7 +425,7 @@ def load_timed(name, dtype, device:str # as for LLM
     begin, models = time.perf_counter(), [load_model(open_model(name, device), dtype, device)]
     if device == "cuda": torch.cuda.synchronize()
     seconds = time.perf_counter() - begin
-    spare_threads(models[0])
+    prepare_thread(models[0])
     return models, dict(load_s=seconds, load_gb_per_s=sum(weight_bytes(models[0].config).values()) / seconds / 1e9)
 
 # %% ../nbs/32_bench.ipynb #c6b8d654

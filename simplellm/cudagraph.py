@@ -55,8 +55,8 @@ def first_wishes(w:SamplingBatch, n:int)->SamplingBatch: # shares its memory
 def place(b:Batch, w:SamplingBatch, block_size:int)->None:
     "From the rows' positions: the slots of their keys, their lengths, and the index of the token to sample"
     block = b.block_tables.gather(1, (b.positions // block_size)[:, None])[:, 0]
-    b.slot_mapping.copy_(block * block_size + b.positions % block_size)
-    w.positions.copy_(b.positions + 1)
+    torch.add(b.positions % block_size, block, alpha=block_size, out=b.slot_mapping)
+    torch.add(b.positions, 1, out=w.positions)
     b.seq_lens.copy_(w.positions)
 
 def move_on(b:Batch, ids:Tensor # [n] just sampled

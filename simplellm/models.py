@@ -550,6 +550,7 @@ def load_model(path=None, # folder of a checkpoint, or a Checkpoint; None = the 
     checkpoint = path if isinstance(path, Checkpoint) else Checkpoint(path or tiny_path())
     c = read_config(checkpoint)
     if device == "auto": device = "cuda" if torch.cuda.is_available() else "cpu"
+    if str(device).startswith("cuda:"): torch.cuda.set_device(device) # where Triton launches kernels
     dtype = pick_dtype(dtype, c, torch.device(device))
     check_count(checkpoint, c) # admit counts bytes tensor by tensor
     admit(c, dtype, device)

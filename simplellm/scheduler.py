@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Request', 'Step', 'give', 'shared_blocks', 'take_blocks', 'grow', 'register_full', 'why_finished', 'check_fits',
-           'Queues', 'make_room', 'plan_running', 'plan_waiting', 'advance', 'settle', 'repeat', 'Scheduler']
+           'Queues', 'make_room', 'plan_running', 'plan_waiting', 'advance', 'settle', 'may_start', 'repeat',
+           'Scheduler']
 
 # %% ../nbs/24_scheduler.ipynb #71eb30cb
 from collections import deque
@@ -77,10 +78,10 @@ def shared_blocks(r:Request, pool:BlockPool)->tuple[list[int], int]|None:
     return ([], 0) if r.params.prompt_logprobs is not None else pool.match(r.tokens)
 
 # %% ../nbs/24_scheduler.ipynb #dfa5b665
-def take_blocks(r:Request, pool:BlockPool)->bool:
+def take_blocks(r:Request, pool:BlockPool)->bool|None: # False = blocks lack, None = its parent is computing them
     "Give a waiting request what is cached, and blocks for the rest of its tokens, if there are enough"
     found = shared_blocks(r, pool)
-    if found is None: return False
+    if found is None: return None
     hits, r.prefix = found
     need = blocks_for(len(r.tokens), pool.block_size) - len(hits)
     if need > pool.num_free - sum(not pool.refs[block] for block in hits): return False
@@ -133,6 +134,7 @@ class Queues:
         self.waiting, self.running = deque(), []
         self.growing = [] # who needs a block before the next step
         self.steady = None # the last step, if the next is the same
+        self.refused = None # the first of the queue, if it lacked blocks and nobody has given any back since
 
     def check(self, r:Request)->None:
         "Refuse a request that can never fit; any thread may ask"
@@ -171,7 +173,7 @@ class Queues:
     def drop(self, r:Request)->None:
         "Give back a request's blocks"
         self.pool.release(r.block_table)
-        r.block_table, r.num_computed, r.watch, self.steady = [], 0, 0, None
+        r.block_table, r.num_computed, r.watch, self.steady, self.refused = [], 0, 0, None, None
 
 # %% ../nbs/24_scheduler.ipynb #97f5107c
 def make_room(q:Queues)->None:
@@ -195,7 +197,10 @@ def plan_running(q:Queues, step:Step, budget:int)->int:
 # %% ../nbs/24_scheduler.ipynb #575d8abb
 def plan_waiting(q:Queues, step:Step, budget:int, max_seqs:int)->None:
     "Tokens for those who wait, while there are blocks; nobody overtakes the first in the queue"
-    while budget and q.waiting and len(q.running) < max_seqs and take_blocks(q.waiting[0], q.pool):
+    while budget and q.waiting and len(q.running) < max_seqs:
+        if not (taken := take_blocks(q.waiting[0], q.pool)):
+            q.refused = q.waiting[0] if taken is False else None
+            return
         budget -= give(step, q.start(), budget)
 
 # %% ../nbs/24_scheduler.ipynb #58370d0c
@@ -220,11 +225,16 @@ def settle(r:Request, q:Queues)->bool: # did it end?
     return bool(why)
 
 # %% ../nbs/24_scheduler.ipynb #5857e672
+def may_start(q:Queues, max_seqs:int # that run at once
+             )->bool:
+    "Is it worth asking whether the first of the queue can begin?"
+    return bool(q.waiting) and len(q.running) < max_seqs and q.waiting[0] is not q.refused
+
 def repeat(q:Queues, max_seqs:int # that run at once
           )->Step|None:
     "The step under way once more, with blocks for it, if that is certain before its tokens are known"
     step = q.steady
-    if step is None or q.growing or q.waiting and len(q.running) < max_seqs: return None
+    if step is None or q.growing or may_start(q, max_seqs): return None
     late = [r for r in step.requests if len(r.tokens) >= r.watch]
     short = [r for r in late if len(r.tokens) >= len(r.block_table) * q.pool.block_size]
     if len(short) > q.pool.num_free or any(len(r.tokens) >= r.limit - 1 for r in late): return None
@@ -247,17 +257,19 @@ class Scheduler(Queues):
         "What to compute next; None when nobody is here"
         running = len(self.running)
         if self.growing: make_room(self)
-        if self.steady and not (self.waiting and running < self.max_seqs): return self.steady
+        if self.steady and not may_start(self, self.most_now()): return self.steady
         step = Step([], [], [])
         budget = plan_running(self, step, self.budget)
-        if len(self.running) == running and not (self.static and running): # no newcomers when somebody had to go
-            plan_waiting(self, step, budget, self.max_seqs)
+        if len(self.running) == running: # no newcomers when somebody had to go
+            plan_waiting(self, step, budget, self.most_now())
         if not step.requests: return None
         if len(step.sampling) == len(step.requests): step.sampling = step.requests
         self.steady = step if len(step.sampling) == len(self.running) == sum(step.num_new) else None
         return step
 
-    def repeat(self)->Step|None: return repeat(self, self.max_seqs) # the step under way once more, if that is certain
+    def most_now(self)->int: return 0 if self.static and self.running else self.max_seqs # that may run; a static batch lets nobody in
+
+    def repeat(self)->Step|None: return repeat(self, self.most_now()) # the step under way once more, if that is certain
 
     def update(self, step:Step, # what schedule returned
                ids:list[int] # a new token for each of step.sampling

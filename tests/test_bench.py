@@ -316,12 +316,11 @@ def kernel_table_of(m, kv, found, rows, monkeypatch):
     return kernel_table(engine, [[SimpleNamespace(tokens=[0] * 100)]] * rows, PARAMS, 1)
 
 def test_launches_in_their_order():
-    def event(name, start, kind="CUDA"):
-        return SimpleNamespace(name=name, time_range=SimpleNamespace(start=start), device_type=SimpleNamespace(name=kind),
-                               self_device_time_total=start / 2, self_cpu_time_total=1)
-    events = [event("_few", 4), event("nvjet_hsh_64x8", 3), event("aten::mm", 1, "CPU"), event("_few", 2), event("splitKreduce", 6)]
+    def event(name, start, end, kind="CUDA"):
+        return SimpleNamespace(name=name, time_range=SimpleNamespace(start=start, end=end), device_type=SimpleNamespace(name=kind), self_cpu_time_total=1)
+    events = [event("_few", 4, 7), event("nvjet_hsh_64x8", 3, 5), event("aten::mm", 1, 2, "CPU"), event("_few", 2, 3), event("splitKreduce", 6, 8)]
     profile = SimpleNamespace(events=lambda: events)
-    assert launched(profile, True) == {"_few": [1, 2], "cuBLAS": [1.5, 3]} and launched(profile, False) == {"aten::mm": [1]}
+    assert launched(profile, True) == {"_few": [1, 2], "cuBLAS": [2, 1]} and launched(profile, False) == {"aten::mm": [1]}
 
 # memory
 

@@ -493,6 +493,26 @@ def test_repeat_needs_blocks():
     for _ in range(2): s.update(step := s.schedule(), [5] * len(step.sampling))
     assert (step := s.schedule()).num_new == [1, 1] and s.repeat() is None and pool.num_free == 0
 
+@pytest.mark.parametrize("scheduling", ["continuous", "static"])
+def test_steady_while_the_queue_cannot_move(scheduling):
+    "A request that lacks blocks, or a seat in a static batch, does not make the others' steps new ones"
+    pool = BlockPool(6, 4)
+    s = Scheduler(EngineConfig(max_num_seqs=3, scheduling=scheduling), pool, 24)
+    first, second, third = (Request(str(t), [t] * n, SamplingParams(max_tokens=4)) for t, n in ((1, 5), (2, 5), (3, 20)))
+    for r in (first, second, third): s.add(r)
+    s.update(step := s.schedule(), [5] * len(step.sampling))
+    step = s.schedule()
+    assert step.requests == [first, second] and s.repeat() is step
+    s.update(step, [5, 5])
+    assert s.schedule() is step and s.repeat() is step
+    s.cancel(second)
+    now = s.schedule() # two blocks were given back, the third needs five and finds four
+    assert now.requests == [first] and third.status == "waiting" and pool.num_free == 4
+    s.update(now, [5])
+    assert s.schedule() is now and s.repeat() is None # the token under way is its last
+    s.update(now, [5])
+    assert first.status == "finished" and s.schedule().requests == [third]
+
 def test_buffers_move_on_by_themselves():
     b, w = padding_batch(4, 3, scratch=9, block_size=4, device="cpu"), padding_wishes(4, "cpu")
     b.block_tables[:2, :2], b.positions[:2], b.active[:] = torch.tensor([[3, 5], [7, 1]]), torch.tensor([2, 0]), 2
