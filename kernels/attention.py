@@ -111,7 +111,7 @@ def tile_sizes(D:int, # head_dim
     BG = triton.next_power_of_2(G)
     BM = max(min(BG * triton.next_power_of_2(max_q), 32 if exact else 128), BG, 16)
     return dict(BQ=BM // BG, BG=BG, BN=32 if exact else 64, num_warps=8 if BM >= 128 else 4,
-                num_stages=2 if exact or (BM >= 128 and D <= 64) else 5 if BM < 64 else 3)
+                num_stages=2 if exact or (BM >= 128 and D <= 64) else 3 if BM >= 64 else 4 if D < 64 else 5)
 
 def count_splits(programs:int, # without splits
                  keys:int, # that a program may see at most
