@@ -39,24 +39,23 @@ def parameters(obj):
         out.append((text, note and note.docment))
     return out
 
+def returns(self):
+    "What follows the parameters of a function"
+    try: kind = inspect.signature(self.obj).return_annotation
+    except (ValueError, TypeError): kind = inspect.Signature.empty
+    note = self.dm.get("return", {}).get("docment")
+    return ")" + (f"->{words(kind)}" if kind is not inspect.Signature.empty else "") + (f" # {note}" if note else "")
+
 def text(self):
     "The signature of a function or a class"
-    obj = self.obj
-    params = parameters(obj)
+    obj, params, name = self.obj, parameters(self.obj), d.get_name(self.obj)
     if inspect.isclass(obj):
-        bases = [b.__name__ for b in obj.__bases__ if b not in (object, tuple)]
-        if not params: return f"class {obj.__name__}({', '.join(bases)})"
+        if not params: return f"class {name}({', '.join(b.__name__ for b in obj.__bases__ if b not in (object, tuple))})"
         prefix, end = "class", ")"
-    else: prefix, end = "async def" if inspect.iscoroutinefunction(obj) else "def", None
-    if end is None:
-        try: returns = inspect.signature(obj).return_annotation
-        except (ValueError, TypeError): returns = inspect.Signature.empty
-        note = self.dm.get("return", {}).get("docment")
-        end = ")" + (f"->{words(returns)}" if returns is not inspect.Signature.empty else "") + (f" # {note}" if note else "")
-    if not params: return f"{prefix} {d.get_name(obj)}({end}"
-    out = d._fmt_sig(d.get_name(obj), params, end, self.maxline, prefix=prefix)
-    one = f"{prefix} {d.get_name(obj)}({', '.join(t for t, _ in params)}{end}"
-    return one if len(one) < self.maxline and not any(note for _, note in params) else out
+    else: prefix, end = "async def" if inspect.iscoroutinefunction(obj) else "def", returns(self)
+    one = f"{prefix} {name}({', '.join(t for t, _ in params)}{end}"
+    if not params or len(one) < self.maxline and not any(note for _, note in params): return one
+    return d._fmt_sig(name, params, end, self.maxline, prefix=prefix)
 
 in_order = processors._def_names # nbdev inserts them one by one behind the cell, the last first
 processors._def_names = lambda cell, shown: list(reversed(list(in_order(cell, shown))))

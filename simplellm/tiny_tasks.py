@@ -871,7 +871,7 @@ def made_tool(rng:Random)->tuple: # name, description, [(argument, kind)], None
     return named([v, *n.split("_")], rng), about, args, None
 
 # %% ../nbs/39_tiny_tasks.ipynb #cb7d1b8a
-OTHER_VERBS, OTHER_ARGS = ({words[0]: words for words in map(str.split, CHOICES[k])} for k in ("tool.verbs", "tool.args"))
+OTHER_VERBS, OTHER_ARGS = ({words[0]: words for words in map(str.split, CHOICES[k])} for k in ("other.verbs", "other.args"))
 
 def renamed(tool:tuple, rng:Random)->tuple:
     "The same function as another developer would declare it"
